@@ -1,0 +1,148 @@
+"""From config to the objects of a run: device and dtype, tokenizer and template, rows, policy, reference.
+
+The only file beside the trainer that reads cfg. Everything cheap comes before the weights, so that a mistake in the
+config or the data is said in the first second.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from dpo.data import Encoded, Example, encode_all, find_dataset, read_examples, split_by_prompt
+from dpo.reference import Reference, base_reference, frozen_reference, snapshot_reference
+from models.config import read_model_config
+from models.lora import inject_lora, load_adapter, read_adapter_config
+from models.template import ChatTemplate
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+from models.weights import load_model, resolve_model_dir, weight_files
+
+WORLD = Path(__file__).parent.parent / "experiments" / "world"
+
+
+@dataclass(frozen=True)
+class Rows:
+    train: list[Encoded]
+    evaluation: list[Encoded]
+    skipped: list[str]
+
+
+def model_dir(name_or_path: str) -> Path:
+    """The directory of a model: `world` is the built-in one, anything else a directory or a hub name."""
+    return WORLD / "model" if name_or_path == "world" else resolve_model_dir(name_or_path)
+
+
+def choose_device(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: this PyTorch sees no CUDA device; pass device=cpu or auto")
+    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(cfg: DictConfig) -> torch.dtype:
+    return torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else torch.float32
+
+
+def build_template(cfg: DictConfig) -> ChatTemplate:
+    """The chat template, after a look at everything else of the model and adapter that is cheap to check."""
+    directory = model_dir(cfg.model_name_or_path)
+    read_model_config(directory)
+    weight_files(directory)
+    for adapter in filter(None, (cfg.adapter_name_or_path, cfg.ref_model_adapters)):
+        read_adapter_config(Path(adapter))
+    if cfg.ref_model:
+        weight_files(model_dir(cfg.ref_model))
+    return ChatTemplate(cfg.template, Tokenizer(directory))
+
+
+def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
+    """Training and held-out rows, encoded."""
+    examples, skipped = _read(cfg, cfg.dataset, "train.jsonl")
+    held_out: list[Example] = []
+    if cfg.eval_dataset:
+        held_out, more = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+        skipped = skipped + more
+    elif cfg.val_size:
+        examples, held_out = split_by_prompt(examples, cfg.val_size, cfg.seed)
+    settings = {"cutoff_len": cfg.cutoff_len, "on_bad_row": cfg.on_bad_row}
+    train, bad = encode_all(examples, template, **settings)
+    evaluation, also_bad = encode_all(held_out, template, **settings) if held_out else ([], [])
+    return Rows(train, evaluation, skipped + bad + also_bad)
+
+
+def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
+    examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+    rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
+    return Rows([], rows, skipped + bad)
+
+
+def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
+    stage = cfg.get("stage", "dpo")
+    path = WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
+    return read_examples(path, stage=stage, on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
+
+
+def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
+    """The policy with its trainables: a LoRA adapter (fresh or continued), or every weight."""
+    dtype = compute_dtype(cfg)
+    full = cfg.finetuning_type == "full"
+    # Trained weights are float32 masters, cast where they are used: an update of 5e-7 would be lost in bfloat16.
+    policy = load_model(
+        model_dir(cfg.model_name_or_path), dtype=torch.float32 if full else dtype, device=device,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+    )  # fmt: skip
+    policy.dtype = dtype
+    if full:
+        policy.requires_grad_(True)
+    elif cfg.adapter_name_or_path:
+        load_adapter(policy, Path(cfg.adapter_name_or_path), dropout=cfg.lora_dropout)
+    else:
+        # LLaMA-Factory's default where lora_alpha is not set: twice the rank.
+        alpha = cfg.lora_alpha if cfg.lora_alpha is not None else 2 * cfg.lora_rank
+        inject_lora(
+            policy, rank=cfg.lora_rank, alpha=alpha, dropout=cfg.lora_dropout, target=cfg.lora_target, seed=cfg.seed
+        )
+    return policy
+
+
+def build_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
+    """(reference of a training run, what it is in a few words); see dpo.reference for the choice."""
+    if _is_another_model(cfg):
+        return _frozen_copy(cfg, policy)
+    if cfg.finetuning_type == "full":
+        return _frozen_copy(cfg, policy)
+    if cfg.adapter_name_or_path and not cfg.ref_model:
+        return snapshot_reference(policy), "a snapshot of the adapter as it starts"
+    return base_reference(policy), "the base model, adapter off"
+
+
+def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
+    """The policy of an evaluation: a model, with an adapter where one is named; nothing to train."""
+    policy = load_model(model_dir(cfg.model_name_or_path), dtype=compute_dtype(cfg), device=device)
+    if cfg.adapter_name_or_path:
+        load_adapter(policy, Path(cfg.adapter_name_or_path), dropout=0.0)
+    return policy.requires_grad_(False)
+
+
+def build_finished_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
+    """The reference of an evaluation: the one that is named, else the policy's base model."""
+    if _is_another_model(cfg):
+        return _frozen_copy(cfg, policy)
+    return base_reference(policy), "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
+
+
+def _is_another_model(cfg: DictConfig) -> bool:
+    """Whether the reference named is something that the policy's base does not already hold in memory."""
+    base = model_dir(cfg.model_name_or_path)
+    return bool(cfg.ref_model_adapters or (cfg.ref_model and model_dir(cfg.ref_model).resolve() != base.resolve()))
+
+
+def _frozen_copy(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
+    name = cfg.ref_model or cfg.model_name_or_path
+    model = load_model(model_dir(name), dtype=compute_dtype(cfg), device=policy.device)
+    if cfg.ref_model_adapters:
+        load_adapter(model, Path(cfg.ref_model_adapters), dropout=0.0)
+    return frozen_reference(model), " with adapter ".join(
+        filter(None, [f"a frozen copy of {name}", cfg.ref_model_adapters])
+    )

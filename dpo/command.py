@@ -1,0 +1,200 @@
+"""The command line: what the user typed becomes arguments for Hydra, and what went wrong becomes one line.
+
+A LLaMA-Factory file runs with config_file=PATH: its keys become overrides that stand before the command line's, so
+precedence is config.yaml, groups, config_file, command line. Keys of that project that change nothing here are accepted
+and named once; any other unknown key is refused with the nearest one that is known.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo.config import EvalConfig, TrainConfig
+
+CONF = Path(__file__).parent.parent / "conf"
+GROUPS = ("model", "loss", "data", "experiment")
+
+# LLaMA-Factory's and the Hugging Face trainer's keys that change no result here, with the values that hold for.
+ANY = object()
+WITHOUT_EFFECT: dict[str, Any] = {
+    "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY, "tokenized_path": None,
+    "dataloader_num_workers": ANY, "dataloader_pin_memory": ANY, "ddp_timeout": ANY, "ddp_find_unused_parameters": ANY,
+    "plot_loss": ANY, "trust_remote_code": False, "report_to": ANY, "run_name": ANY, "logging_dir": ANY,
+    "log_level": ANY,
+    "logging_first_step": ANY, "include_num_input_tokens_seen": ANY, "flash_attn": ANY, "use_fast_tokenizer": True,
+    "low_cpu_mem_usage": ANY, "use_cache": ANY, "cache_dir": ANY, "do_eval": ANY, "do_predict": False,
+    "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,
+    "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
+    "upcast_layernorm": ANY, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0, "packing": False, "deepspeed": None,
+    "quantization_bit": None, "additional_target": None, "use_rslora": False, "use_dora": False,
+}  # fmt: skip
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with `error: ...` on what a user can get wrong. HYDRA_FULL_ERROR=1 shows the traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def prepare_command_line(schema: type) -> None:
+    """Replace sys.argv by its expansion (see expand_arguments), and print the notes."""
+    with one_line_errors():
+        sys.argv[1:], notes = expand_arguments(sys.argv[1:], schema)
+    for note in notes:
+        print(f"note: {note}")
+
+
+def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str]]:
+    """(arguments for Hydra, notes for the user) from a command line.
+
+    config_file=PATH is replaced by its keys, standing first; keys without effect are dropped with a note; every other
+    key and value is checked against the schema, so that a mistake is one line and not Hydra's several.
+    """
+    config_files = [a for a in argv if a.startswith("config_file=")]
+    rest = [a for a in argv if a not in config_files]
+    if schema is EvalConfig:
+        expanded_run = [f"{k}={_quote(v)}" for a in argv if a.startswith("run=") for k, v in _run_keys(a[4:]).items()]
+        given = {a.partition("=")[0] for a in rest}
+        rest = [a for a in expanded_run if a.partition("=")[0] not in given] + rest
+    expanded: list[str] = []
+    ineffective: list[str] = []
+    for argument in config_files:
+        for key, value in _read_config_file(Path(argument.partition("=")[2])).items():
+            if not _without_effect(key, value, ineffective):
+                _check_key(key, value, schema)
+                expanded.append(f"{key}={_quote(value)}")
+    for argument in rest:
+        key, _, text = argument.partition("=")
+        if argument.startswith("-") or key.startswith("hydra") or "=" not in argument:
+            expanded.append(argument)
+        elif key in GROUPS or key.partition("@")[0] in GROUPS:
+            _check_group(key, text)
+            expanded.append(argument)
+        elif not _without_effect(key, OmegaConf.from_dotlist([argument]).get(key), ineffective):
+            for value in _override_values(argument):
+                _check_key(key, value, schema)
+            expanded.append(argument)
+    named = {a.partition("=")[0] for a in expanded}
+    notes = [f"without effect here, and left out: {', '.join(ineffective)}"] if ineffective else []
+    # The default experiment's tuned values (its learning rate above all) belong to the built-in world. A run on
+    # another model or data must not inherit them in silence.
+    own = sorted(named & {"model_name_or_path", "dataset", "model", "data"})
+    if schema is TrainConfig and own and "experiment" not in named:
+        expanded.append("~experiment")
+        notes.append(f"{own[0]} is given: the built-in world's settings (experiment=world) are not used")
+    return expanded, notes
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config_file={path}: no such file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # YAML's and OmegaConf's errors have no common base, and run over many lines
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config_file={path}: not readable as YAML ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config_file={path}: expected keys and values at the root")
+    return {str(key): value for key, value in content.items()}
+
+
+def _run_keys(run: str) -> dict[str, Any]:
+    """What an evaluation takes from a saved run: its shared keys, its result as policy, its start as reference."""
+    path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"run={run}: holds no config.yaml; name the directory of a finished run")
+    saved = _read_config_file(path / "config.yaml")
+    known = {f.name for f in fields(EvalConfig)}
+    keys = {key: value for key, value in saved.items() if key in known and value is not None}
+    if (path / "adapter_config.json").is_file():
+        started_from = saved.get("adapter_name_or_path")
+        # A continued adapter was its own reference, unless another was named.
+        if started_from and not saved.get("ref_model") and not saved.get("ref_model_adapters"):
+            keys["ref_model_adapters"] = started_from
+        return keys | {"adapter_name_or_path": run}
+    if (path / "model.safetensors").is_file():
+        return keys | {"model_name_or_path": run, "ref_model": saved.get("ref_model") or saved["model_name_or_path"]}
+    raise ValueError(f"run={run}: holds neither adapter_config.json nor model.safetensors; has the run finished?")
+
+
+def _without_effect(key: str, value: Any, ineffective: list[str]) -> bool:
+    if key not in WITHOUT_EFFECT:
+        return False
+    allowed = WITHOUT_EFFECT[key]
+    if allowed is not ANY and value != allowed:
+        raise ValueError(f"{key}={value}: is not done here; only {key}={allowed} is accepted")
+    ineffective.append(key)
+    return True
+
+
+def _check_key(key: str, value: Any, schema: type) -> None:
+    known = [f.name for f in fields(schema)]
+    if key not in known:
+        near = difflib.get_close_matches(key, [*known, "config_file", *GROUPS], n=1)
+        hint = f"did you mean {near[0]}?" if near else "conf/ lists every key"
+        raise ValueError(f"{key}={value}: unknown key; {hint}")
+    if isinstance(value, str) and "${" in value:
+        return
+    try:
+        OmegaConf.update(OmegaConf.structured(schema), key, value)
+    except OmegaConfBaseException:
+        raise ValueError(f"{key}={value}: expected {_type_of(schema, key)}") from None
+
+
+def _type_of(schema: type, key: str) -> str:
+    """The type of a key, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+    kind = next(f.type for f in fields(schema) if f.name == key)
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    return " or ".join(words[part] for part in name.split(" | "))
+
+
+def _check_group(key: str, text: str) -> None:
+    folder = CONF / key.partition("@")[0]
+    choices = sorted(p.stem for p in folder.glob("*.yaml"))
+    for choice in text.split(","):
+        if choice not in choices:
+            near = difflib.get_close_matches(choice, choices, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
+            raise ValueError(f"{key}={choice}: no such file in conf/{key}; {hint}")
+
+
+def _override_values(argument: str) -> Iterator[Any]:
+    """The value of an override, or every value of a sweep over it."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except OverrideParseException:
+        raise ValueError(f"{argument}: not readable as key=value; quote values with commas or brackets") from None
+    if override.is_sweep_override():
+        for text in override.sweep_string_iterator():
+            yield OmegaConf.from_dotlist([f"x={text}"]).x
+    else:
+        yield override.value()
+
+
+def _quote(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_quote(item) for item in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'") if "'" in str(value) else str(value)
+    return f"'{escaped}'"

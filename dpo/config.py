@@ -1,0 +1,176 @@
+"""The config: every key's type, its range, and which combinations cannot run.
+
+Types stand here, values and meanings in conf/config.yaml; a test holds the two key sets equal. Keys are
+LLaMA-Factory's, flat at the root.
+
+Everything a user can get wrong is a ValueError of one sentence: what was given, the rule, the way out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from dpo.losses import PREF_LOSSES
+from dpo.optim import SCHEDULES
+from models.template import TEMPLATES
+
+
+@dataclass
+class TrainConfig:
+    """Every key of train.py; see conf/config.yaml for what each means."""
+
+    model_name_or_path: str = MISSING
+    adapter_name_or_path: str | None = MISSING
+    ref_model: str | None = MISSING
+    ref_model_adapters: str | None = MISSING
+    template: str = MISSING
+    finetuning_type: str = MISSING
+    lora_target: str = MISSING
+    lora_rank: int = MISSING
+    lora_alpha: float | None = MISSING
+    lora_dropout: float = MISSING
+    stage: str = MISSING
+    do_train: bool = MISSING
+    pref_loss: str = MISSING
+    pref_beta: float = MISSING
+    dataset: str = MISSING
+    eval_dataset: str | None = MISSING
+    dataset_dir: str = MISSING
+    val_size: float = MISSING
+    cutoff_len: int = MISSING
+    max_samples: int | None = MISSING
+    disable_shuffling: bool = MISSING
+    on_bad_row: str = MISSING
+    per_device_train_batch_size: int = MISSING
+    per_device_eval_batch_size: int = MISSING
+    gradient_accumulation_steps: int = MISSING
+    learning_rate: float = MISSING
+    lr_scheduler_type: str = MISSING
+    warmup_ratio: float = MISSING
+    warmup_steps: int = MISSING
+    num_train_epochs: float = MISSING
+    max_steps: int = MISSING
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+    seed: int = MISSING
+    bf16: bool = MISSING
+    fp16: bool = MISSING
+    device: str = MISSING
+    gradient_checkpointing: bool = MISSING
+    logging_steps: int = MISSING
+    eval_strategy: str = MISSING
+    eval_steps: int = MISSING
+    save_strategy: str = MISSING
+    save_steps: int = MISSING
+    output_dir: str = MISSING
+    overwrite_output_dir: bool = MISSING
+    resume_from_checkpoint: str | None = MISSING
+    num_samples: int = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class EvalConfig:
+    """Every key of eval.py; those it shares with train.py mean the same. See conf/eval.yaml."""
+
+    task: str = MISSING
+    run: str | None = MISSING
+    model_name_or_path: str = MISSING
+    adapter_name_or_path: str | None = MISSING
+    ref_model: str | None = MISSING
+    ref_model_adapters: str | None = MISSING
+    template: str = MISSING
+    pref_loss: str = MISSING
+    pref_beta: float = MISSING
+    eval_dataset: str = MISSING
+    dataset_dir: str = MISSING
+    cutoff_len: int = MISSING
+    max_samples: int | None = MISSING
+    on_bad_row: str = MISSING
+    per_device_eval_batch_size: int = MISSING
+    bf16: bool = MISSING
+    fp16: bool = MISSING
+    device: str = MISSING
+    output_file: str | None = MISSING
+
+
+def _one_of(*choices: str) -> tuple[Any, str]:
+    return (lambda value: value in choices), f"expected one of {', '.join(choices)}"
+
+
+AT_LEAST_1 = (lambda value: value >= 1), "must be at least 1"
+NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
+POSITIVE = (lambda value: value > 0), "must be above 0"
+SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
+RULES: dict[str, tuple[Any, str]] = {
+    "task": _one_of("preference"),
+    "stage": _one_of("dpo", "sft"),
+    "finetuning_type": _one_of("lora", "full"),
+    "template": _one_of("auto", *TEMPLATES),
+    "pref_loss": _one_of(*PREF_LOSSES),
+    "pref_beta": POSITIVE,
+    "lora_rank": AT_LEAST_1,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "val_size": NOT_NEGATIVE,
+    "cutoff_len": ((lambda value: value >= 2), "must be at least 2: one prompt token and one response token"),
+    "max_samples": AT_LEAST_1,
+    "on_bad_row": _one_of("stop", "skip"),
+    "per_device_train_batch_size": AT_LEAST_1,
+    "per_device_eval_batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "learning_rate": POSITIVE,
+    "lr_scheduler_type": _one_of(*SCHEDULES),
+    "warmup_ratio": SHARE,
+    "warmup_steps": NOT_NEGATIVE,
+    "num_train_epochs": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "seed": NOT_NEGATIVE,
+    "device": ((lambda value: value in ("auto", "cpu") or value.startswith("cuda")), "expected auto, cpu or cuda"),
+    "logging_steps": AT_LEAST_1,
+    "eval_strategy": _one_of("no", "steps", "epoch"),
+    "eval_steps": AT_LEAST_1,
+    "save_strategy": _one_of("no", "steps", "epoch"),
+    "save_steps": AT_LEAST_1,
+    "num_samples": NOT_NEGATIVE,
+    "max_new_tokens": AT_LEAST_1,
+}
+
+
+def check(cfg: DictConfig) -> list[str]:
+    """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key):
+            raise ValueError(
+                f"{key} is not set; pass {key}=..." + (" (or model=NAME)" if key == "model_name_or_path" else "")
+            )
+        value = cfg[key]
+        if key in RULES and value is not None:
+            holds, rule = RULES[key]
+            if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+                raise ValueError(f"{key}={value}: {rule}")
+    if cfg.bf16 and cfg.fp16:
+        raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
+    return _check_training(cfg) if "stage" in cfg else []
+
+
+def _check_training(cfg: DictConfig) -> list[str]:
+    if cfg.finetuning_type == "full" and cfg.adapter_name_or_path:
+        raise ValueError(
+            f"finetuning_type=full with adapter_name_or_path={cfg.adapter_name_or_path}: only lora continues an adapter"
+        )
+    for key in ("ref_model", "ref_model_adapters"):
+        if cfg.stage == "sft" and cfg[key]:
+            raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
+    if cfg.val_size and cfg.eval_dataset:
+        raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
+    warnings = []
+    rate = cfg.learning_rate
+    if cfg.stage == "dpo" and cfg.finetuning_type == "full" and rate >= 2e-5:
+        warnings.append(f"learning_rate={rate:g} is the size of SFT's; DPO with full fine-tuning wants about 5e-7")
+    if cfg.stage == "dpo" and cfg.pref_beta > 1:
+        warnings.append(f"pref_beta={cfg.pref_beta:g} is far above the usual 0.01 to 0.5 and allows almost no change")
+    return warnings

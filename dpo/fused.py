@@ -1,0 +1,88 @@
+"""The fused masked log-softmax: log pi of the target tokens without the (R, V) logits.
+
+    logp_t = h_t . W[y_t] - logsumexp_v(h_t . W[v])          d logp_t / d h_t = (onehot(y_t) - softmax(h_t W^T)) W
+
+Rows go through the head a chunk at a time, so the largest intermediate is (C, V). With a frozen head (LoRA) the
+gradient of each log-probability with respect to its hidden state is finished in the forward pass, while the chunk's
+softmax is at hand, and the backward pass is one multiplication. A trained head recomputes each chunk instead, because
+its own gradient needs the loss's weight on every token.
+
+The softmax is float32 at least. onehot - softmax is formed before it is rounded to the weights' dtype: for a confident
+token both are near one, and their difference is the gradient. The head's gradient is accumulated in float32.
+
+Shapes: R response tokens, C of them in a chunk, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of one chunk's logits: 64 MiB in float32. Large enough that the matrix product runs at full speed.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def fused_logps(hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int | None = None) -> Tensor:
+    """(R,) log softmax(hidden W^T)[target] in nats, as dpo.logprobs.gather_logps; differentiable in both arguments.
+
+    chunk: rows per chunk; by default as many as CHUNK_ELEMENTS allows.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // head_weight_VD.shape[0])
+    return _FusedLogps.apply(hidden_RD, head_weight_VD, target_R, chunk)
+
+
+class _FusedLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int) -> Tensor:
+        ctx.chunk = chunk
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        weight_VD = head_weight_VD.to(hidden_RD.dtype)
+        finish = wants_hidden and not wants_head
+        logps_R = torch.empty(len(hidden_RD), dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
+        slope_RD = torch.empty_like(hidden_RD) if finish else None
+        for part in _chunks(len(hidden_RD), chunk):
+            logps_CV = _log_softmax(hidden_RD[part], weight_VD)
+            logps_R[part] = logps_CV.gather(-1, target_R[part, None])[:, 0]
+            if slope_RD is not None:
+                slope_RD[part] = _residual(logps_CV, target_R[part]).to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(*((slope_RD,) if finish else (hidden_RD, head_weight_VD, target_R)))
+        return logps_R
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_R,) = grads
+        if len(ctx.saved_tensors) == 1:
+            (slope_RD,) = ctx.saved_tensors
+            return (grad_R[:, None] * slope_RD).to(slope_RD.dtype), None, None, None
+        hidden_RD, head_weight_VD, target_R = ctx.saved_tensors
+        weight_VD = head_weight_VD.to(hidden_RD.dtype)
+        grad_hidden_RD = torch.empty_like(hidden_RD)
+        grad_head_VD = torch.zeros(head_weight_VD.shape, dtype=_wide(weight_VD.dtype), device=weight_VD.device)
+        for part in _chunks(len(hidden_RD), ctx.chunk):
+            residual_CV = _residual(_log_softmax(hidden_RD[part], weight_VD), target_R[part])
+            residual_CV = (residual_CV * grad_R[part, None]).to(weight_VD.dtype)
+            grad_hidden_RD[part] = residual_CV @ weight_VD
+            grad_head_VD += residual_CV.T @ hidden_RD[part]
+        return grad_hidden_RD, grad_head_VD.to(head_weight_VD.dtype), None, None
+
+
+def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    logits_CV = hidden_CD @ weight_VD.T
+    return logits_CV.to(_wide(logits_CV.dtype)).log_softmax(-1)
+
+
+def _residual(logps_CV: Tensor, target_C: Tensor) -> Tensor:
+    """onehot(target) - softmax, in place of the log-probabilities."""
+    residual_CV = logps_CV.exp_().neg_()
+    residual_CV[torch.arange(len(target_C), device=target_C.device), target_C] += 1
+    return residual_CV
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(rows: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))

@@ -1,0 +1,104 @@
+"""The run directory: what a run leaves behind, and where.
+
+config.yaml                  the resolved config
+metrics.jsonl                one object per logged step and evaluation
+runs/                        TensorBoard events (extra `log`)
+skipped_rows.txt             rows left out under on_bad_row=skip, a line each
+checkpoint-N/                after step N (dpo.checkpoint)
+adapter_*.* or a model       the result, in PEFT's or Hugging Face's format
+results.json                 overrides and final metrics; a sweep collects them in its results.csv
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo.metrics import to_json
+
+CONFIG, METRICS, RESULTS = "config.yaml", "metrics.jsonl", "results.json"
+
+
+class RunDir:
+    """One run's directory. Refuses one that holds a run already, unless told to overwrite or to resume."""
+
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool):
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir={path}: is a file; name a directory")
+        if (path / CONFIG).exists() and not (overwrite or resume):
+            raise ValueError(
+                f"output_dir={path}: holds a run already; name another, or pass overwrite_output_dir=true or "
+                "resume_from_checkpoint=true"
+            )
+        if overwrite and not resume:
+            self._remove_earlier_run()
+        path.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = _tensorboard_writer(path / "runs")
+
+    def _remove_earlier_run(self) -> None:
+        for name in (METRICS, RESULTS, "skipped_rows.txt"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in [self.path / "runs", *self.path.glob("checkpoint-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_config(self, cfg: DictConfig) -> None:
+        (self.path / CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+
+    def write_skipped(self, rows: Sequence[str]) -> None:
+        (self.path / "skipped_rows.txt").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append one object to metrics.jsonl and to TensorBoard, there as train/NAME or eval/NAME."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(to_json(metrics) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                if name != "step":
+                    self._tensorboard.add_scalar(tag, value, int(metrics["step"]))
+            self._tensorboard.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Remove the rows of metrics.jsonl that a resume from `step` will write again."""
+        path = self.path / METRICS
+        if path.exists():
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _tensorboard_writer(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the extra `log` is not installed; metrics.jsonl holds the same numbers
+        return None
+    return SummaryWriter(str(path))
+
+
+def write_results(run_dir: Path, overrides: dict[str, str], metrics: dict[str, float]) -> None:
+    text = json.dumps({"overrides": overrides, "metrics": metrics}, indent=2)
+    (run_dir / RESULTS).write_text(text + "\n", encoding="utf-8")
+
+
+def collect_sweep(sweep_dir: Path) -> Path:
+    """results.csv of a sweep: a row per finished job, its number, its overrides, its final metrics."""
+    finished = [path.parent for path in sweep_dir.glob(f"*/{RESULTS}") if path.parent.name.isdigit()]
+    rows = []
+    for job in sorted(finished, key=lambda path: int(path.name)):
+        result = json.loads((job / RESULTS).read_text(encoding="utf-8"))
+        rows.append({"job": job.name, **result["overrides"], **result["metrics"]})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    target = sweep_dir / "results.csv"
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return target

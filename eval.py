@@ -1,0 +1,48 @@
+"""Evaluate: `python eval.py task=preference run=RUN_DIR eval_dataset=FILE` (every key in conf/eval.yaml).
+
+task=preference gives the guide's metrics of a policy on held-out pairs, by the code that training uses.
+"""
+
+import json
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, choose_device
+from dpo.command import one_line_errors, prepare_command_line
+from dpo.config import EvalConfig, check
+from dpo.losses import PREF_LOSSES
+from dpo.trainer import evaluate, preference_objective
+
+ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(cfg: DictConfig) -> None:
+    with one_line_errors():
+        check(cfg)
+        metrics = preference(cfg)
+        for name, value in metrics.items():
+            print(f"{name:28s}{value:10.4f}")
+        if cfg.output_file:
+            Path(cfg.output_file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def preference(cfg: DictConfig) -> dict[str, float]:
+    """The guide's metrics of the policy against the reference on eval_dataset."""
+    device = choose_device(cfg.device)
+    template = build_template(cfg)
+    rows = build_eval_rows(cfg, template)
+    print(f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped")
+    policy = build_finished_policy(cfg, device)
+    reference, description = build_finished_reference(cfg, policy)
+    print(f"reference: {description}")
+    objective = preference_objective(reference, PREF_LOSSES[cfg.pref_loss], cfg.pref_beta)
+    return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size)
+
+
+if __name__ == "__main__":
+    prepare_command_line(EvalConfig)
+    main()

@@ -1,0 +1,155 @@
+"""Chat templates: from messages to token ids, with an exact boundary between prompt and response.
+
+A template renders the prompt (every message and the generation header) and then the response: everything it writes
+after that header, end-of-turn token and trailing newline included. The two are encoded apart, so both sides of a pair
+share the prompt's ids by construction and no token straddles the boundary.
+
+Named templates are three fields of data; `auto` is the checkpoint's own Jinja, in jinja2's immutable sandbox. Text
+inside messages never becomes a special token (see models.tokenizer). Left out: tools, images, thinking blocks in
+history, and strftime_now: a prompt that changes with the date would change the results with it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from models.tokenizer import Tokenizer
+
+Message = dict[str, str]
+"""{"role": system | user | assistant, "content": text}"""
+Renderer = Callable[[Sequence[Message], bool], str]
+"""(messages, add_generation_prompt) -> text"""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat format as data: what stands around every message, and what opens the model's turn."""
+
+    turn: str
+    """around one message, with {role} and {content}."""
+    header: str
+    """opens the assistant's turn; `turn` for the assistant must begin with it."""
+    start: str = ""
+    """before the first message; {bos} is the tokenizer's."""
+    default_system: str | None = None
+    trim: bool = False
+    """strip white space around every message, as Llama 3's template does."""
+    last_assistant_prefix: str = ""
+    """between the header and a final assistant message: Qwen3's empty thought."""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, bos: str = "") -> str:
+        if self.default_system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        text = self.start.format(bos=bos)
+        for i, message in enumerate(messages):
+            content = message["content"].strip() if self.trim else message["content"]
+            if i == len(messages) - 1 and message["role"] == "assistant":
+                content = self.last_assistant_prefix + content
+            text += self.turn.format(role=message["role"], content=content)
+        return text + self.header if add_generation_prompt else text
+
+
+_CHATML = Template(turn="<|im_start|>{role}\n{content}<|im_end|>\n", header="<|im_start|>assistant\n")
+TEMPLATES = {
+    "chatml": _CHATML,
+    "qwen": replace(_CHATML, default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen3": replace(_CHATML, last_assistant_prefix="<think>\n\n</think>\n\n"),
+    "llama3": Template(
+        start="{bos}",
+        turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        trim=True,
+    ),
+    # For base models: turns are lines, and the only special token is the EOS that ends a response.
+    "plain": Template(turn="{content}\n", header=""),
+}
+
+
+class ChatTemplate:
+    """One template bound to one tokenizer."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer):
+        """name: a key of TEMPLATES, or `auto` for the checkpoint's own.
+
+        Raises ValueError where the name is unknown, `auto` finds none, or the tokenizer lacks the template's specials.
+        """
+        if name != "auto" and name not in TEMPLATES:
+            raise ValueError(f"template={name}: expected auto, {', '.join(TEMPLATES)}")
+        if name == "auto" and not tokenizer.chat_template:
+            raise ValueError(f"template=auto: the checkpoint has no chat template; name one of {', '.join(TEMPLATES)}")
+        self.name = name
+        self.tokenizer = tokenizer
+        if name == "auto":
+            self.render = _jinja_renderer(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+        else:
+            bos = tokenizer.bos_token or ""
+            self.render = lambda messages, header: TEMPLATES[name].render(messages, header, bos)
+            sample = self.render([{"role": "user", "content": ""}], True)
+            for special in ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+                if special in sample and special not in tokenizer.special_ids:
+                    raise ValueError(f"template={name}: the tokenizer has no token {special}; is it of another family?")
+        if name == "plain" and tokenizer.eos_token not in tokenizer.special_ids:
+            raise ValueError("template=plain: the tokenizer names no eos_token, so nothing would end a response")
+
+    def parts(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
+        """The rendered prompt and each rendered response, escaped for Tokenizer.encode_rendered."""
+        escaped = [{"role": m["role"], "content": self.tokenizer.escape(m["content"])} for m in messages]
+        prompt = self.render(escaped, True)
+        rendered = []
+        for response in responses:
+            if self.name == "plain":
+                rendered.append(self.tokenizer.escape(response) + str(self.tokenizer.eos_token))
+                continue
+            answer = {"role": "assistant", "content": self.tokenizer.escape(response)}
+            whole = self.render([*escaped, answer], False)
+            if not whole.startswith(prompt):
+                raise ValueError(
+                    f"template={self.name}: the prompt renders differently once a response follows it, so where the "
+                    "response begins is undefined; choose a template by name"
+                )
+            rendered.append(whole[len(prompt) :])
+        return prompt, rendered
+
+    def encode(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """(prompt ids, ids of each response); the responses end with the template's end-of-turn."""
+        prompt, rendered = self.parts(messages, responses)
+        prompt_ids, *response_ids = self.tokenizer.encode_rendered([prompt, *rendered])
+        return prompt_ids, response_ids
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a generated response: the tokenizer's, and the special that the template puts after one."""
+        _, (ending,) = self.encode([{"role": "user", "content": "x"}], ["x"])
+        specials = set(self.tokenizer.special_ids.values())
+        return self.tokenizer.stop_ids | {next((i for i in reversed(ending) if i in specials), ending[-1])}
+
+
+@lru_cache
+def _jinja_renderer(source: str, bos_token: str | None, eos_token: str | None) -> Renderer:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"template=auto: the checkpoint's chat template does not parse ({error})") from None
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            return template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt,
+                bos_token=bos_token or "", eos_token=eos_token or "",
+            )  # fmt: skip
+        except jinja2.TemplateError as error:
+            raise ValueError(f"template=auto: the checkpoint's chat template refused the messages ({error})") from None
+
+    return render

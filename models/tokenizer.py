@@ -1,0 +1,109 @@
+"""The checkpoint's tokenizer: tokenizer.json through `tokenizers`, and what tokenizer_config.json says beside it.
+
+Two rules. The tokenizer adds no special token: the template decides (a second BOS is the field's oldest bug). And text
+never becomes a special token: `encode_rendered` gives the specials of the template their ids, while the same characters
+inside a user's message are encoded as the plain text they are.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+# Put inside a special token's string where that stands in a message, and taken out before encoding: see escape().
+MARK = "\ue0a1"
+
+
+class Tokenizer:
+    """encode, decode and the special tokens of one checkpoint directory.
+
+    Attributes:
+        bos_token, eos_token: their strings, or None.
+        chat_template: the checkpoint's own Jinja, or None.
+        stop_ids: ids that end a generated response: eos and what generation_config.json adds.
+    """
+
+    def __init__(self, model_dir: Path):
+        path = Path(model_dir) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; a tokenizer is read from tokenizer.json alone")
+        try:
+            self.rust = RustTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
+            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+        self.rust.no_truncation()
+        self.rust.no_padding()
+        # Text is text: the strings of special tokens inside it are encoded as characters.
+        self.rust.encode_special_tokens = True
+        added = self.rust.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        settings = _read_json(path.with_name("tokenizer_config.json"))
+        self.bos_token = _token_string(settings.get("bos_token"))
+        self.eos_token = _token_string(settings.get("eos_token"))
+        self.chat_template = _chat_template(Path(model_dir), settings)
+        ends = _read_json(path.with_name("generation_config.json")).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.stop_ids = frozenset([*ends, *(i for token, i in self.special_ids.items() if token == self.eos_token)])
+
+    def escape(self, text: str) -> str:
+        """`text` with every special token's string broken by a mark, so that a template's own are told from it."""
+        if MARK in text:
+            raise ValueError(f"text holds {MARK!r} (U+{ord(MARK):04X}, private use), which is reserved here; remove it")
+        return self._specials.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts; nothing is added, special strings stay characters."""
+        return [encoding.ids for encoding in self.rust.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered templates, in which the messages' text went through escape()."""
+        pieces = [self._split(text) for text in texts]
+        encoded = iter(self.encode([piece for parts in pieces for piece in parts if isinstance(piece, str)]))
+        return [
+            [i for piece in parts for i in (next(encoded) if isinstance(piece, str) else [piece])] for parts in pieces
+        ]
+
+    def _split(self, text: str) -> list[str | int]:
+        """Text between the special tokens, marks taken out, and the specials' ids."""
+        parts: list[str | int] = []
+        start = 0
+        for match in self._specials.finditer(text):
+            parts += [text[start : match.start()].replace(MARK, ""), self.special_ids[match[0]]]
+            start = match.end()
+        parts.append(text[start:].replace(MARK, ""))
+        return [part for part in parts if part != ""]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _token_string(token: str | dict | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(model_dir: Path, settings: dict[str, Any]) -> str | None:
+    """The Jinja of chat_template.jinja, or of tokenizer_config.json (a string, or a list with one called default)."""
+    path = model_dir / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        return next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template

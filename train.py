@@ -1,0 +1,127 @@
+"""Train: `python train.py key=value ...` (Hydra; every key with its meaning in conf/config.yaml).
+
+Composes the config, checks it, builds the objects of the run (dpo.build), trains (dpo.trainer), and shows what changed.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dpo.build import build_policy, build_reference, build_rows, build_template, choose_device, model_dir
+from dpo.checkpoint import save_result
+from dpo.command import one_line_errors, prepare_command_line
+from dpo.config import TrainConfig, check
+from dpo.data import Encoded
+from dpo.evals import world_reward
+from dpo.run import RunDir, collect_sweep, write_results
+from dpo.trainer import Trainer
+from models.generate import generate_greedy
+from models.template import ChatTemplate
+from models.transformer import Transformer
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    job = HydraConfig.get()
+    cfg.output_dir = os.path.relpath(job.runtime.output_dir)
+    with one_line_errors():
+        metrics = train(cfg)
+        run_dir = Path(cfg.output_dir)
+        overrides = dict(item.split("=", 1) for item in job.overrides.task if "=" in item)
+        write_results(run_dir, overrides, metrics)
+        if job.mode == RunMode.MULTIRUN:
+            print(f"sweep: {collect_sweep(run_dir.parent)}")
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """One run, from a checked config to a saved result; returns its final metrics."""
+    for warning in check(cfg):
+        print(f"warning: {warning}")
+    device = choose_device(cfg.device)
+    template = build_template(cfg)
+    rows = build_rows(cfg, template)
+    run_dir = RunDir(Path(cfg.output_dir), overwrite=cfg.overwrite_output_dir, resume=bool(cfg.resume_from_checkpoint))
+    run_dir.write_config(cfg)
+    run_dir.write_skipped(rows.skipped)
+    print_rows(rows.train, rows.evaluation, rows.skipped)
+
+    policy = build_policy(cfg, device)
+    reference = None
+    if cfg.stage == "dpo":
+        reference, description = build_reference(cfg, policy)
+        print(f"reference: {description}")
+    trainer = Trainer(cfg, policy, reference, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
+    report = Report(cfg, policy, template, rows.evaluation or rows.train)
+    if not cfg.do_train:
+        return trainer.evaluate()
+    if cfg.resume_from_checkpoint and trainer.resume():
+        print(f"resumed after step {trainer.step}")
+    metrics = trainer.train()
+    save_result(policy, run_dir.path, **trainer.result)
+    metrics |= report.show()
+    run_dir.close()
+    print(f"run: {run_dir.path}")
+    return metrics
+
+
+def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped: Sequence[str]) -> None:
+    """What the data came to: rows, tokens, and everything that was cut, dropped or skipped."""
+    rows = [*train, *evaluation]
+    tokens = sum(row.tokens for row in train)
+    print(f"rows: {len(train)} to train on ({tokens} tokens), {len(evaluation)} held out, {len(skipped)} skipped")
+    cut = [sum(row.cut[side] for row in rows) for side in range(len(rows[0].cut))]
+    shortened = sum(row.dropped_turns > 0 for row in rows)
+    if shortened or any(cut):
+        sides = ", ".join(f"{n} {side}" for n, side in zip(cut, ("chosen", "rejected"), strict=False))
+        print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {sides}")
+
+
+class Report:
+    """Before and after: greedy responses to held-out prompts and, on the built-in world, the expected gold reward."""
+
+    def __init__(self, cfg: DictConfig, policy: Transformer, template: ChatTemplate, rows: Sequence[Encoded]):
+        self.policy, self.template, self.max_new_tokens = policy, template, cfg.max_new_tokens
+        distinct = {row.example.messages[-1]["content"]: row for row in rows}
+        # Spread over the file: neighbours are often variations of one another.
+        self.shown = [list(distinct.values())[i * len(distinct) // cfg.num_samples] for i in range(cfg.num_samples)]
+        self.world_prompts = list(distinct) if cfg.eval_dataset == "world" else []
+        self.before = self._responses()
+        self.reward_before = self._world_score()
+
+    def _responses(self) -> list[str]:
+        prompts = [row.prompt_ids for row in self.shown]
+        stop_ids = self.template.stop_ids
+        self.policy.eval()
+        answers = generate_greedy(self.policy, prompts, max_new_tokens=self.max_new_tokens, stop_ids=stop_ids)
+        return [self.template.tokenizer.decode(ids).strip() for ids in answers]
+
+    def _world_score(self) -> world_reward.WorldScore | None:
+        if not self.world_prompts:
+            return None
+        return world_reward.score(self.policy, self.template, self.world_prompts)
+
+    def show(self) -> dict[str, float]:
+        """Print before and after; returns the gold reward's metrics."""
+        for row, before, after in zip(self.shown, self.before, self._responses(), strict=True):
+            print(f"\nprompt: {row.example.messages[-1]['content']}\n  before: {before}\n  after:  {after}")
+        print()
+        old, new = self.reward_before, self._world_score()
+        if old is None or new is None:
+            return {}
+        print(f"expected gold reward on {len(self.world_prompts)} held-out prompts, exact by enumeration")
+        print(f"  before: {old.expected_reward:.3f} (probability outside the grammar {old.mass_outside:.3f})")
+        print(f"  after:  {new.expected_reward:.3f} (probability outside the grammar {new.mass_outside:.3f})")
+        return {"gold_reward_before": old.expected_reward, "gold_reward": new.expected_reward}
+
+
+if __name__ == "__main__":
+    prepare_command_line(TrainConfig)
+    main()
