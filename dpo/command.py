@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,19 +74,27 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
         rest = [a for a in expanded_run if a.partition("=")[0] not in given] + rest
     expanded: list[str] = []
     ineffective: list[str] = []
+    sweeping = bool({"-m", "--multirun"} & set(argv))
     for argument in config_files:
         for key, value in _read_config_file(Path(argument.partition("=")[2])).items():
             if not _without_effect(key, value, ineffective):
                 _check_key(key, value, schema)
                 expanded.append(f"{key}={_quote(value)}")
-    for argument in rest:
+    for before, argument in zip(["", *rest], rest, strict=False):
         key, _, text = argument.partition("=")
-        if argument.startswith("-") or key.startswith("hydra") or "=" not in argument:
+        if argument.startswith(("-", "~", "hydra")) or before.startswith("--"):
             expanded.append(argument)
+        elif "=" not in argument:
+            raise ValueError(f"{argument}: expected key=value")
         elif key in GROUPS or key.partition("@")[0] in GROUPS:
             _check_group(key, text)
             expanded.append(argument)
-        elif not _without_effect(key, OmegaConf.from_dotlist([argument]).get(key), ineffective):
+        elif key in WITHOUT_EFFECT:
+            _without_effect(key, next(_override_values(argument)), ineffective)
+        else:
+            # Outside a multirun a comma in a text (lora_target=q_proj,v_proj) is a comma and no sweep.
+            if not sweeping and "," in text and _is_text(key, schema) and text[0] not in "'\"[{":
+                argument = f"{key}={_quote(text)}"
             for value in _override_values(argument):
                 _check_key(key, value, schema)
             expanded.append(argument)
@@ -165,6 +173,10 @@ def _type_of(schema: type, key: str) -> str:
     return " or ".join(words[part] for part in name.split(" | "))
 
 
+def _is_text(key: str, schema: type) -> bool:
+    return any(f.name == key and "str" in str(f.type) for f in fields(schema))
+
+
 def _check_group(key: str, text: str) -> None:
     folder = CONF / key.partition("@")[0]
     choices = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -179,7 +191,7 @@ def _override_values(argument: str) -> Iterator[Any]:
     """The value of an override, or every value of a sweep over it."""
     try:
         override = OverridesParser.create().parse_override(argument)
-    except OverrideParseException:
+    except HydraException:
         raise ValueError(f"{argument}: not readable as key=value; quote values with commas or brackets") from None
     if override.is_sweep_override():
         for text in override.sweep_string_iterator():

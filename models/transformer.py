@@ -11,6 +11,7 @@ Shapes: T tokens, D width, H query heads, G key-value heads, E head dim, V vocab
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,11 +70,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, stream: Stream) -> Tensor:
-        q_THE = self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        k_TGE = self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)))
-        v_TGE = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THE, k_TGE, v_TGE = (
+            rearrange(projection(x_TD), "t (h e) -> t h e", e=self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
         out_THE = attention(rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE, stream)
-        return self.o_proj(out_THE.flatten(-2))
+        return self.o_proj(rearrange(out_THE, "t h e -> t (h e)"))
 
 
 class MLP(nn.Module):

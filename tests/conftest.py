@@ -1,0 +1,26 @@
+"""Real models and data for the tests marked `real`: named by environment variables, never downloaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The directory of configs/, models/, templates/, tokenizers/ and preferences/ that DPO_REAL names."""
+    return _directory("DPO_REAL")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, named by DPO_SMOLLM2."""
+    return _directory("DPO_SMOLLM2")
+
+
+def _directory(variable: str) -> Path:
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set: this test needs the real files in the directory that it names")
+    path = Path(os.environ[variable])
+    assert path.is_dir(), f"{variable}={path}: no such directory"
+    return path

@@ -1,0 +1,543 @@
+"""Preference data: every format gives the same Example, every bad row one line with file:line, every cut is announced."""
+
+import inspect
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.data import BadRow, Example, encode, encode_all, find_dataset, read_examples, split_by_prompt
+from models.template import ChatTemplate
+from models.tokenizer import Tokenizer
+
+MODEL = Path(__file__).parent.parent / "experiments" / "world" / "model"
+END_OF_TURN = 2  # <|im_end|> in the world's tokenizer
+GOOD = {"prompt": "q", "chosen": "c", "rejected": "r"}
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return ChatTemplate("auto", Tokenizer(MODEL))
+
+
+def read(folder: Path, text: str | bytes, *, name: str = "rows.jsonl", stage: str = "dpo", **options):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_examples(path, stage=stage, on_bad_row=options.pop("on_bad_row", "stop"), **options)
+
+
+def messages(*turns: str) -> tuple[dict[str, str], ...]:
+    """("system: be kind", "user: q") as messages."""
+    split = [turn.split(": ", 1) for turn in turns]
+    return tuple({"role": role, "content": content} for role, content in split)
+
+
+def sharegpt(*turns: str) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[m["role"]], "value": m["content"]} for m in messages(*turns)]
+
+
+# --- formats ---
+
+TURNS = ("system: be kind", "user: q1", "assistant: a1", "user: q2")
+SHARE = sharegpt(*TURNS)
+CHAT = list(messages(*TURNS))
+PAIR = {"chosen": "c", "rejected": "r"}
+MULTI_TURN = {
+    "guide": {"conversations": [{"from": m["role"], "value": m["content"]} for m in CHAT], **PAIR},
+    "sharegpt": {
+        "conversations": SHARE,
+        "chosen": {"from": "gpt", "value": "c"},
+        "rejected": {"from": "gpt", "value": "r"},
+    },
+    "alpaca": {"instruction": "q2", "system": "be kind", "history": [["q1", "a1"]], **PAIR},
+    "alpaca_with_null_input": {
+        "instruction": "q2", "input": None, "system": "be kind", "history": [["q1", "a1"]], **PAIR
+    },
+    "messages": {"messages": CHAT, **PAIR},
+    "prompt_messages": {"prompt": CHAT, **PAIR},
+    "one_message_lists": {
+        "prompt": CHAT,
+        "chosen": [{"role": "assistant", "content": "c"}],
+        "rejected": [{"role": "assistant", "content": "r"}],
+    },
+}  # fmt: skip
+ONE_TURN = {
+    "prompt": {"prompt": "q\nmore", "system": "be kind", **PAIR},
+    "alpaca_with_input": {"instruction": "q", "input": "more", "system": "be kind", "history": [], **PAIR},
+    "alpaca_without_input": {"instruction": "q\nmore", "input": "", "system": "be kind", "history": None, **PAIR},
+}
+FILES = pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+
+
+def write_rows(rows: list, name: str) -> str:
+    return json.dumps(rows, indent=2) if name == "rows.json" else "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@FILES
+@pytest.mark.parametrize("key", MULTI_TURN)
+def test_every_multi_turn_format_gives_the_same_example(tmp_path, name, key):
+    (example,), bad = read(tmp_path, write_rows([MULTI_TURN[key]], name), name=name)
+    assert example.messages == messages(*TURNS) and example.responses == ("c", "r") and bad == []
+
+
+@FILES
+@pytest.mark.parametrize("key", ONE_TURN)
+def test_every_one_turn_format_gives_the_same_example(tmp_path, name, key):
+    """Alpaca's instruction and input are joined by one newline, as LLaMA-Factory joins them."""
+    (example,), _ = read(tmp_path, write_rows([ONE_TURN[key]], name), name=name)
+    assert example.messages == messages("system: be kind", "user: q\nmore") and example.responses == ("c", "r")
+
+
+SFT_ROWS = {
+    "conversations": {"conversations": sharegpt("user: q", "assistant: c")},
+    "messages": {"messages": list(messages("user: q", "assistant: c"))},
+    "prompt_messages": {"prompt": list(messages("user: q", "assistant: c"))},
+    "alpaca": {"instruction": "q", "output": "c"},
+    "prompt_completion": {"prompt": "q", "completion": "c"},
+    "prompt_response": {"prompt": "q", "response": "c"},
+    "preference_row": {"conversations": sharegpt("user: q"), **PAIR},
+    "preference_row_with_an_output": {"instruction": "q", "output": "r", **PAIR},
+}
+
+
+@FILES
+@pytest.mark.parametrize("key", SFT_ROWS)
+def test_every_sft_format_gives_the_same_example(tmp_path, name, key):
+    """A preference row gives its chosen response, even where it also has Alpaca's output (which may be the rejected)."""
+    (example,), _ = read(tmp_path, write_rows([SFT_ROWS[key]], name), name=name, stage="sft")
+    assert example.messages == messages("user: q") and example.responses == ("c",)
+
+
+def test_a_system_prompt_beside_the_conversation_is_not_lost(tmp_path):
+    """LLaMA-Factory's ShareGPT rows may hold the system prompt in a column of its own."""
+    row = {"conversations": sharegpt("user: q"), "system": "be kind", **PAIR}
+    try:
+        (example,), _ = read(tmp_path, json.dumps(row))
+    except BadRow:
+        return  # refused is as good as read
+    assert example.messages == messages("system: be kind", "user: q")
+
+
+# --- file:line ---
+
+
+def test_source_is_the_line_where_a_row_begins(tmp_path):
+    """Blank lines count; an object of a .json array may begin and end anywhere."""
+    lines = "\n" + json.dumps(GOOD) + "\n\n  \n" + json.dumps(GOOD) + "\n"
+    examples, _ = read(tmp_path, lines)
+    assert [e.source for e in examples] == [f"{tmp_path}/rows.jsonl:{n}" for n in (2, 5)]
+    array = '[\n{"prompt": "q",\n "chosen": "c", "rejected": "r"},\n\n'
+    array += json.dumps(GOOD) + "\n,\n" + json.dumps(GOOD) + ", " + json.dumps(GOOD) + "\n]\n"
+    examples, _ = read(tmp_path, array, name="rows.json")
+    assert [e.source for e in examples] == [f"{tmp_path}/rows.json:{n}" for n in (2, 5, 7, 7)]
+
+
+def test_a_bad_row_of_a_json_array_is_named_by_its_own_line(tmp_path):
+    array = '[\n{"prompt": "q",\n "chosen": "c",\n "rejected": "r"},\n{"prompt": "q",\n "chosen": "c"}\n]'
+    with pytest.raises(BadRow, match=r"rows\.json:5: rejected is missing"):
+        read(tmp_path, array, name="rows.json")
+
+
+@FILES
+def test_windows_line_ends_change_nothing(tmp_path, name):
+    text = write_rows([GOOD, GOOD], name)
+    unix, _ = read(tmp_path, text, name=name)
+    windows, _ = read(tmp_path, text.replace("\n", "\r\n"), name=name)
+    assert windows == unix
+
+
+# --- bad rows ---
+
+USER = [{"role": "user", "content": "q"}]
+BAD_ROWS = {
+    "not_an_object": (["q", "c", "r"], "a row must be an object, got list"),
+    "a_number": (float("nan"), "a row must be an object, got float"),
+    "no_keys": ({}, "no known format has these keys: none"),
+    "unknown_keys": (
+        {"question": "q", **PAIR},
+        "keys: question, chosen, rejected; expected conversations, messages, in",
+    ),
+    "no_chosen": ({"prompt": "q", "rejected": "r"}, "chosen is missing"),
+    "no_rejected": ({"prompt": "q", "chosen": "c"}, "rejected is missing"),
+    "chosen_is_null": ({**GOOD, "chosen": None}, "chosen must be text or one assistant turn, got NoneType None"),
+    "chosen_is_a_number": ({**GOOD, "chosen": 7}, "chosen must be text or one assistant turn, got int 7"),
+    "chosen_is_a_dialogue": ({**GOOD, "chosen": [*USER, *USER]}, "chosen must be text or one assistant turn, got list"),
+    "chosen_is_an_empty_list": ({**GOOD, "chosen": []}, r"chosen must be .* got list \[\]"),
+    "chosen_is_a_user_turn": ({**GOOD, "chosen": USER[0]}, "chosen is a user turn; expected the assistant's"),
+    "chosen_is_empty": ({**GOOD, "chosen": ""}, "chosen is empty"),
+    "rejected_is_blank": ({**GOOD, "rejected": " \n\t"}, "rejected is empty"),
+    "equal": ({**GOOD, "rejected": "c"}, "chosen equals rejected"),
+    "conversations_is_text": ({"conversations": "q", **PAIR}, "conversations must be a list .* got str 'q'"),
+    "conversations_is_empty": ({"conversations": [], **PAIR}, r"conversations must be a list .* got list \[\]"),
+    "messages_is_an_object": ({"messages": USER[0], **PAIR}, "messages must be a list .* got dict"),
+    "turn_is_text": ({"conversations": ["q"], **PAIR}, r"conversations\[0\] must be an object .* got str 'q'"),
+    "unknown_role": (
+        {"prompt": [*USER, {"role": "tool", "content": "x"}], **PAIR},
+        r"prompt\[1\] has the role str 'tool'; expected one of human, user, gpt",
+    ),
+    "role_is_missing": ({"prompt": [{"content": "x"}], **PAIR}, r"prompt\[0\] has the role NoneType None"),
+    "role_is_a_list": ({"prompt": [{"role": [], "content": "x"}], **PAIR}, r"prompt\[0\] has the role list \[\]"),
+    "content_is_missing": ({"messages": [{"role": "user"}], **PAIR}, r"messages\[0\] must hold text, got NoneType"),
+    "content_is_parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}], **PAIR},
+        r"messages\[0\] must hold text, got list",
+    ),
+    "prompt_is_a_number": ({**GOOD, "prompt": 7}, "prompt must be text, got int 7"),
+    "prompt_is_nan": ({**GOOD, "prompt": float("nan")}, "prompt must be text, got float nan"),
+    "prompt_is_an_empty_list": ({**GOOD, "prompt": []}, "turns are none"),
+    "prompt_is_blank": ({**GOOD, "prompt": " "}, "the last user turn is empty"),
+    "instruction_is_a_list": ({"instruction": ["q"], **PAIR}, "instruction must be text, got list"),
+    "input_is_a_number": ({"instruction": "q", "input": 7, **PAIR}, "input must be text, got int 7"),
+    "system_is_a_list": ({"instruction": "q", "system": ["be kind"], **PAIR}, "system must be text, got list"),
+    "input_is_zero": ({"instruction": "q", "input": 0, **PAIR}, "input must be text, got int 0"),
+    "system_is_false": ({"prompt": "q", "system": False, **PAIR}, "system must be text, got bool False"),
+    "history_is_an_empty_object": ({"instruction": "q", "history": {}, **PAIR}, "history must be a list .* got dict"),
+    "history_is_text": ({"instruction": "q", "history": "q1", **PAIR}, "history must be a list of .* got str 'q1'"),
+    "history_of_one": ({"instruction": "q", "history": [["q1"]], **PAIR}, r"history must be .* got list \[\['q1'\]\]"),
+    "history_of_numbers": ({"instruction": "q", "history": [["q1", 1]], **PAIR}, "history must be a list"),
+    "two_users": ({"conversations": sharegpt("user: a", "user: b"), **PAIR}, "turns are user, user; expected"),
+    "assistant_last": (
+        {"conversations": sharegpt("user: a", "assistant: b"), **PAIR},
+        "turns are user, assistant; expected .* user before the response",
+    ),
+    "assistant_first": ({"conversations": sharegpt("assistant: a", "user: b"), **PAIR}, "turns are assistant, user"),
+    "system_late": ({"conversations": sharegpt("user: a", "system: s", "user: b"), **PAIR}, "turns are user, system"),
+    "system_alone": ({"conversations": sharegpt("system: s"), **PAIR}, "turns are system; expected"),
+}
+
+
+@FILES
+@pytest.mark.parametrize("key", BAD_ROWS)
+def test_bad_row_is_refused_with_its_line_the_rule_and_what_was_given(tmp_path, name, key):
+    row, rule = BAD_ROWS[key]
+    text = json.dumps(GOOD) + "\n" + json.dumps(row) + "\n"
+    if name == "rows.json":
+        text = "[" + json.dumps(GOOD) + ",\n" + json.dumps(row) + "]"
+    with pytest.raises(BadRow, match=rf"{name}:2: .*{rule}"):
+        read(tmp_path, text, name=name)
+
+
+BAD_SFT_ROWS = {
+    "no_response": ({"prompt": "q"}, "no response; expected a last assistant turn"),
+    "empty_turn": ({"conversations": sharegpt("user: q", "assistant: ")}, "the response is empty"),
+    "empty_output": ({"instruction": "q", "output": " "}, "output is empty"),
+    "output_is_a_number": ({"instruction": "q", "output": 7}, "output must be text or one assistant turn, got int 7"),
+    "prompt_is_an_empty_list": ({"prompt": [], "completion": "c"}, "turns are none"),
+    "assistant_alone": ({"messages": [{"role": "assistant", "content": "c"}]}, "turns are none"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_SFT_ROWS)
+def test_bad_sft_row_is_refused_with_its_line_the_rule_and_what_was_given(tmp_path, key):
+    row, rule = BAD_SFT_ROWS[key]
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:1: .*{rule}"):
+        read(tmp_path, json.dumps(row), stage="sft")
+
+
+BAD_LINES = {
+    "truncated": (json.dumps(GOOD)[:-3].encode(), "not valid JSON"),
+    "invalid_utf8": (json.dumps(GOOD).encode()[:11] + b"\xff" + json.dumps(GOOD).encode()[11:], "byte 12 is not UTF-8"),
+    "utf16": (json.dumps(GOOD).encode("utf-16"), "byte 1 is not UTF-8"),
+    "nul": (b"\x00" + json.dumps(GOOD).encode(), "not valid JSON"),
+    "nul_inside_a_string": (json.dumps(GOOD).encode().replace(b'"q"', b'"q\x00"'), "not valid JSON"),
+    "byte_order_mark": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not valid JSON .*BOM"),
+    "two_objects": (json.dumps(GOOD).encode() * 2, "not valid JSON"),
+    "deep_nesting": (b'{"prompt": ' + b"[" * 99999 + b"]" * 99999 + b"}", "not valid JSON .*recursion"),
+    "endless_number": (b'{"prompt": "q", "score": ' + b"1" * 5000 + b"}", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_LINES)
+def test_a_line_that_is_no_json_is_a_bad_row_and_the_others_are_read(tmp_path, key):
+    """Among four lines the second is bad; the last one needs no line end."""
+    line, rule = BAD_LINES[key]
+    good = json.dumps(GOOD).encode()
+    text = b"\n".join([good, line, good, good])
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:2: {rule}"):
+        read(tmp_path, text)
+    examples, bad = read(tmp_path, text, on_bad_row="skip")
+    assert [e.source[-1] for e in examples] == ["1", "3", "4"]
+    assert len(bad) == 1 and "rows.jsonl:2: " in bad[0]
+
+
+BAD_ARRAYS = {
+    "an_object": (json.dumps(GOOD).encode(), r"rows\.json:1: expected a JSON array"),
+    "empty": (b"", r"rows\.json:1: expected a JSON array"),
+    "no_rows": (b"[]", "no usable row"),
+    "cut_short": (
+        b"[" + json.dumps(GOOD).encode() + b",\n" + json.dumps(GOOD).encode()[:-3],
+        r"rows\.json:2: not valid",
+    ),
+    "unclosed": (b"[\n" + json.dumps(GOOD).encode() + b"\n", r"rows\.json:3: not valid JSON .*cut short"),
+    "missing_comma": (b"[\n" + json.dumps(GOOD).encode() * 2 + b"]", r"rows\.json:2: not valid JSON"),
+    "trailing_comma": (b"[" + json.dumps(GOOD).encode() + b",\n]", r"rows\.json:\d: not valid JSON"),
+    "two_arrays": ((b"[" + json.dumps(GOOD).encode() + b"]\n") * 2, r"rows\.json:2: not valid JSON"),
+    "byte_order_mark": (b"\xef\xbb\xbf[" + json.dumps(GOOD).encode() + b"]", r"rows\.json:1: .*(BOM|byte.order mark)"),
+    "invalid_utf8": (b"[\n" + json.dumps(GOOD).encode() + b",\n\xff]", r"rows\.json:3: byte \d+ is not UTF-8"),
+    "deep_nesting": (b"[" * 99999, r"rows\.json:1: not valid JSON .*recursion"),
+    "endless_number": (b"[\n" + b"1" * 5000 + b"]", r"rows\.json:2: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+@pytest.mark.parametrize("key", BAD_ARRAYS)
+def test_a_json_file_that_is_no_array_is_refused_whatever_on_bad_row_says(tmp_path, key, on_bad_row):
+    """What follows a syntax error cannot be told from it; no row after it is guessed, and none is lost in silence."""
+    text, rule = BAD_ARRAYS[key]
+    with pytest.raises(ValueError, match=rule):
+        read(tmp_path, text, name="rows.json", on_bad_row=on_bad_row)
+
+
+def test_skip_collects_bad_rows_and_keeps_the_order_of_the_good(tmp_path):
+    rows = [{**GOOD, "prompt": f"q{i}"} for i in range(5)]
+    rows[1]["rejected"] = "c"
+    rows[3] = {"prompt": "q3"}
+    examples, bad = read(tmp_path, write_rows(rows, "rows.jsonl"), on_bad_row="skip")
+    assert [e.messages[0]["content"] for e in examples] == ["q0", "q2", "q4"]
+    assert [line.partition(": ")[0] for line in bad] == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4"]
+
+
+def test_bad_rows_alone_are_an_error_that_shows_the_first(tmp_path):
+    with pytest.raises(ValueError, match=r"no usable row \(2 bad\): .*rows\.jsonl:1: no known format"):
+        read(tmp_path, "{}\n{}\n", on_bad_row="skip")
+
+
+@pytest.mark.parametrize("row", [{"a\nb": 1}, {"a\ud800": 1}, {**GOOD, "prompt": "\ud800\n", "chosen": 1}])
+def test_a_bad_row_is_one_line_that_can_be_written_to_a_file(tmp_path, row):
+    """A key may hold a line end, or half a surrogate pair, which UTF-8 cannot encode."""
+    with pytest.raises(BadRow) as caught:
+        read(tmp_path, json.dumps(row))
+    assert len(str(caught.value).splitlines()) == 1
+    str(caught.value).encode("utf-8")
+
+
+def test_a_long_value_is_shown_by_its_beginning(tmp_path):
+    with pytest.raises(BadRow, match=r"got list \['x+\.\.\.$"):
+        read(tmp_path, json.dumps({**GOOD, "chosen": ["x" * 10000, "y"]}))
+
+
+def test_a_value_nested_as_deeply_as_json_allows_is_refused_with_its_line(tmp_path):
+    """Python's JSON parser and its repr both stop near the recursion limit, a few levels apart."""
+    for depth in range(1, 61):
+        free = sys.getrecursionlimit() - len(inspect.stack(0)) - depth
+        nested = "[" * free + "]" * free
+        with pytest.raises(ValueError, match=r"rows\.json:1: "):
+            read(tmp_path, '[{"prompt": ' + nested + ', "chosen": "c", "rejected": "r"}]', name="rows.json")
+
+
+@FILES
+def test_max_samples_counts_rows_from_the_start_and_reads_no_further(tmp_path, name):
+    """Good or bad: of good, bad, good the first two give one Example; what follows may even be broken."""
+    text = write_rows([GOOD, {}, GOOD], name)
+    text = text.rstrip().removesuffix("]") + (", {broken" if name == "rows.json" else "{broken")
+    examples, bad = read(tmp_path, text, name=name, on_bad_row="skip", max_samples=2)
+    assert (len(examples), len(bad)) == (1, 1)
+
+
+KEYS = ["conversations", "messages", "prompt", "instruction", "input", "system", "history", "chosen", "rejected"]
+KEYS += ["output", "completion", "from", "value", "role", "content"]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+LEAVES |= st.sampled_from(["user", "assistant", "system", "human", "gpt"])
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS), v, max_size=3), max_leaves=8
+)
+ROWS = VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6)
+
+
+@settings(deadline=None, max_examples=300)
+@given(row=ROWS, stage=st.sampled_from(["dpo", "sft"]))
+def test_any_json_value_gives_an_example_or_a_bad_row(tmp_path_factory, row, stage):
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        (example,), bad = read(folder, json.dumps(row), stage=stage)
+    except BadRow as error:
+        assert str(error).startswith(f"{folder}/rows.jsonl:1: ")
+    else:
+        assert len(example.responses) == {"dpo": 2, "sft": 1}[stage] and bad == []
+        assert example.messages[-1]["role"] == "user" and all(text.strip() for text in example.responses)
+
+
+# --- finding a dataset ---
+
+
+def test_a_dataset_is_a_path_or_a_name_in_dataset_dir(tmp_path):
+    for name in ("a.json", "b.jsonl", "c.csv", "d"):
+        (tmp_path / name).write_text("[]")
+    for dataset in (str(tmp_path / "a.json"), "a.json", "a"):
+        assert find_dataset(dataset, str(tmp_path)) == tmp_path / "a.json"
+    assert find_dataset("b", str(tmp_path)) == tmp_path / "b.jsonl"
+    with pytest.raises(ValueError, match=r"dataset=e: no such file; looked for e, .*/e, .*/e\.json, .*/e\.jsonl"):
+        find_dataset("e", str(tmp_path))
+    with pytest.raises(ValueError, match=r"dataset=c\.csv: \.csv suffix"):
+        find_dataset("c.csv", str(tmp_path))
+    with pytest.raises(ValueError, match="dataset=d: no suffix"):
+        find_dataset("d", str(tmp_path))
+
+
+# --- tokens ---
+
+PROMPT = messages("system: Be kind.", "user: What is a cow?", "assistant: A cow is big.", "user: And a hen?")
+LONG = Example(PROMPT, ("A hen is a small bird.", "No idea at all, sorry."), "rows.jsonl:7")
+
+
+def test_tokens_are_the_templates_and_responses_end_in_end_of_turn(template):
+    row = encode(LONG, template, cutoff_len=512)
+    assert (row.prompt_ids, list(row.response_ids)) == template.encode(LONG.messages, LONG.responses)
+    assert all(END_OF_TURN in ids for ids in row.response_ids)
+    assert (row.dropped_turns, row.cut) == (0, (False, False))
+    assert row.tokens == len(row.prompt_ids) + sum(len(ids) for ids in row.response_ids)
+
+
+def test_a_row_that_fits_exactly_is_left_whole(template):
+    whole = encode(LONG, template, cutoff_len=512)
+    length = len(whole.prompt_ids) + max(len(ids) for ids in whole.response_ids)
+    assert encode(LONG, template, cutoff_len=length) == whole
+    assert encode(LONG, template, cutoff_len=length - 1).dropped_turns == 2
+
+
+def test_whole_old_turns_go_first_and_system_and_last_turn_stay(template):
+    """One token too long, and the first question goes with its answer: as if the row had never held them."""
+    whole = encode(LONG, template, cutoff_len=512)
+    row = encode(LONG, template, cutoff_len=len(whole.prompt_ids) + max(map(len, whole.response_ids)) - 1)
+    without = template.encode((PROMPT[0], PROMPT[3]), LONG.responses)
+    assert (row.prompt_ids, list(row.response_ids)) == without
+    assert (row.dropped_turns, row.cut) == (2, (False, False))
+
+
+def test_no_more_old_turns_go_than_must(template):
+    """Three questions; room for two of them."""
+    turns = ("user: one one one", "assistant: a", "user: two", "assistant: b", "user: three")
+    example = Example(messages(*turns), ("c", "r"), "f:1")
+    shorter = template.encode(messages(*turns[2:]), ("c", "r"))
+    row = encode(example, template, cutoff_len=len(shorter[0]) + len(shorter[1][0]))
+    assert (row.prompt_ids, row.dropped_turns) == (shorter[0], 2)
+
+
+def test_responses_are_cut_at_their_end_and_lose_their_end_of_turn(template):
+    """With the old turns gone and room for 3 tokens, each response keeps its first 3: a cut one never seems finished."""
+    prompt_ids, responses = template.encode((PROMPT[0], PROMPT[3]), LONG.responses)
+    row = encode(LONG, template, cutoff_len=len(prompt_ids) + 3)
+    assert row.prompt_ids == prompt_ids and list(row.response_ids) == [ids[:3] for ids in responses]
+    assert all(END_OF_TURN not in ids for ids in row.response_ids)
+    assert (row.dropped_turns, row.cut) == (2, (True, True))
+
+
+def test_only_the_response_that_is_too_long_is_cut(template):
+    example = Example(messages("user: q"), ("A hen is a small bird that lays eggs.", "No."), "f:1")
+    prompt_ids, responses = template.encode(example.messages, example.responses)
+    row = encode(example, template, cutoff_len=len(prompt_ids) + len(responses[1]))
+    assert row.cut == (True, False) and row.response_ids[1] == responses[1]
+
+
+def test_a_last_turn_that_leaves_no_room_is_a_bad_row(template):
+    """One response token must fit; at one token less the row is refused, with the number that it needs."""
+    length = len(template.encode((PROMPT[0], PROMPT[3]), LONG.responses)[0])
+    assert encode(LONG, template, cutoff_len=length + 1).cut == (True, True)
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:7: .* take {length} tokens .* cutoff_len={length};"):
+        encode(LONG, template, cutoff_len=length)
+
+
+def test_responses_that_are_equal_once_cut_are_a_bad_row(template):
+    """`A hen eats.` and `A hen drinks.` differ after their common beginning only."""
+    example = Example(messages("user: q"), ("A hen eats.", "A hen drinks."), "rows.jsonl:7")
+    prompt_ids, (chosen, rejected) = template.encode(example.messages, example.responses)
+    same = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    assert encode(example, template, cutoff_len=len(prompt_ids) + same + 1).cut == (True, True)
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:7: .*equal within cutoff_len={len(prompt_ids) + same}"):
+        encode(example, template, cutoff_len=len(prompt_ids) + same)
+
+
+def test_responses_that_the_template_makes_equal_are_not_blamed_on_cutoff_len():
+    """A template that trims white space makes `yes` and `yes ` one response; no cutoff_len would help."""
+    tokenizer = Tokenizer(MODEL)
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("message.content", "message.content.strip()")
+    with pytest.raises(BadRow, match=r"f:1: .*equal") as caught:
+        encode(Example(messages("user: q"), ("yes", "yes "), "f:1"), ChatTemplate("auto", tokenizer), cutoff_len=512)
+    assert "cutoff_len" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a\ue0a1b", "a\ud800b"], ids=["reserved_mark", "lone_surrogate"])
+def test_text_that_the_tokenizer_cannot_take_is_a_bad_row(template, text):
+    """The mark is reserved by the tokenizer; half a surrogate pair is valid in JSON and no Unicode text."""
+    bad = Example(messages("user: q"), (text, "r"), "rows.jsonl:7")
+    good = Example(messages("user: q"), ("c", "r"), "rows.jsonl:8")
+    with pytest.raises(BadRow, match=r"rows\.jsonl:7: "):
+        encode(bad, template, cutoff_len=512)
+    encoded, skipped = encode_all([bad, good], template, cutoff_len=512, on_bad_row="skip")
+    assert [row.example for row in encoded] == [good] and len(skipped) == 1
+
+
+def test_encode_all_stops_or_skips_and_never_returns_nothing(template):
+    short = Example(messages("user: q"), ("c", "r"), "f:1")
+    tight = len(template.encode(short.messages, short.responses)[0]) + 1
+    with pytest.raises(BadRow, match=r"rows\.jsonl:7"):
+        encode_all([short, LONG], template, cutoff_len=tight, on_bad_row="stop")
+    encoded, bad = encode_all([short, LONG, short], template, cutoff_len=tight, on_bad_row="skip")
+    assert [row.example for row in encoded] == [short, short] and len(bad) == 1 and "rows.jsonl:7" in bad[0]
+    with pytest.raises(ValueError, match=r"no row is left after tokenization \(1 bad\): rows\.jsonl:7"):
+        encode_all([LONG], template, cutoff_len=tight, on_bad_row="skip")
+
+
+# --- splitting ---
+
+# 40 rows of 15 prompts: prompt i stands in rows i, i + 15 and, below 10, i + 30.
+POOL = [Example(messages(f"user: q{i % 15}"), (f"c{i}", f"r{i}"), f"f:{i + 1}") for i in range(40)]
+
+
+def prompts(examples: list[Example]) -> set[str]:
+    return {e.messages[0]["content"] for e in examples}
+
+
+@pytest.mark.parametrize("val_size", [0.1, 0.5, 1, 7])
+def test_no_prompt_is_on_both_sides_and_no_row_is_lost(val_size):
+    """A prompt has 2 or 3 rows, so at most 2 rows more than asked for are held out; both sides keep file order."""
+    train, held = split_by_prompt(POOL, val_size, seed=0)
+    assert not prompts(train) & prompts(held)
+    wanted = val_size * 40 if val_size < 1 else val_size
+    assert wanted <= len(held) <= wanted + 2
+    assert sorted(train + held, key=POOL.index) == POOL
+    assert train == sorted(train, key=POOL.index) and held == sorted(held, key=POOL.index)
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file():
+    shuffled = random.Random(1).sample(POOL, len(POOL))
+    assert prompts(split_by_prompt(shuffled, 0.3, seed=0)[1]) == prompts(split_by_prompt(POOL, 0.3, seed=0)[1])
+    assert prompts(split_by_prompt(POOL, 0.3, seed=1)[1]) != prompts(split_by_prompt(POOL, 0.3, seed=0)[1])
+
+
+def test_prompts_differ_by_their_system_and_earlier_turns_too():
+    """The same last question after another system prompt is another prompt, and may be on the other side."""
+    examples = [Example(messages(f"system: s{i}", "user: q"), ("c", "r"), f"f:{i}") for i in range(4)]
+    train, held = split_by_prompt(examples, 2, seed=0)
+    assert (len(train), len(held)) == (2, 2)
+
+
+@pytest.mark.parametrize("val_size", [40, 0.99])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(val_size):
+    with pytest.raises(ValueError, match=rf"val_size={val_size}: leaves 0 of 40 rows"):
+        split_by_prompt(POOL, val_size, seed=0)
+
+
+# --- real files ---
+
+
+@pytest.mark.real
+def test_polite_impolite_has_six_rows_whose_responses_are_equal(real):
+    path = real / "preferences" / "polite_impolite.json"
+    examples, bad = read_examples(path, stage="dpo", on_bad_row="skip")
+    assert (len(examples), len(bad)) == (1094, 6)
+    assert all("chosen equals rejected" in line for line in bad)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["dpo_en_demo.json", "dpo_zh_demo.json"])
+def test_llama_factorys_demo_pairs_load_and_fit_their_template(real, template, name):
+    examples, bad = read_examples(real / "preferences" / name, stage="dpo", on_bad_row="stop")
+    assert (len(examples), bad) == (300, [])
+    rows, bad = encode_all(examples[:30], template, cutoff_len=2048, on_bad_row="skip")
+    assert len(rows) + len(bad) == 30 and all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= 2048 for r in rows)
