@@ -21,7 +21,7 @@ from dpo.data import Encoded
 from dpo.evals import world_reward
 from dpo.run import RunDir, collect_sweep, write_results
 from dpo.trainer import Trainer
-from models.generate import generate_greedy
+from models.generate import generate
 from models.template import ChatTemplate
 from models.transformer import Transformer
 
@@ -31,7 +31,8 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    cfg.output_dir = os.path.relpath(job.runtime.output_dir)
+    if job.mode == RunMode.MULTIRUN:  # each job below output_dir, by its number
+        cfg.output_dir = os.path.relpath(job.runtime.output_dir)
     with one_line_errors():
         metrics = train(cfg)
         run_dir = Path(cfg.output_dir)
@@ -85,22 +86,28 @@ def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped:
 
 
 class Report:
-    """Before and after: greedy responses to held-out prompts and, on the built-in world, the expected gold reward."""
+    """Before and after: sampled responses to held-out prompts and, on the built-in world, the expected gold reward."""
 
     def __init__(self, cfg: DictConfig, policy: Transformer, template: ChatTemplate, rows: Sequence[Encoded]):
-        self.policy, self.template, self.max_new_tokens = policy, template, cfg.max_new_tokens
+        self.policy, self.template = policy, template
+        self.max_new_tokens, self.seed = cfg.max_new_tokens, cfg.seed
         distinct = {row.example.messages[-1]["content"]: row for row in rows}
         # Spread over the file: neighbours are often variations of one another.
         self.shown = [list(distinct.values())[i * len(distinct) // cfg.num_samples] for i in range(cfg.num_samples)]
-        self.world_prompts = list(distinct) if cfg.eval_dataset == "world" else []
+        # Every third: enough for two digits, and a third of the time of enumerating every grammar.
+        self.world_prompts = list(distinct)[::3] if cfg.eval_dataset == "world" else []
         self.before = self._responses()
         self.reward_before = self._world_score()
 
     def _responses(self) -> list[str]:
         prompts = [row.prompt_ids for row in self.shown]
-        stop_ids = self.template.stop_ids
         self.policy.eval()
-        answers = generate_greedy(self.policy, prompts, max_new_tokens=self.max_new_tokens, stop_ids=stop_ids)
+        # Draws, because the most likely response hides what the policy does most of the time; the same seed before and
+        # after, so that what differs is the policy.
+        answers = generate(
+            self.policy, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.template.stop_ids, temperature=1.0,
+            seeds=range(self.seed, self.seed + len(prompts)),
+        )  # fmt: skip
         return [self.template.tokenizer.decode(ids).strip() for ids in answers]
 
     def _world_score(self) -> world_reward.WorldScore | None:

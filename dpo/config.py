@@ -162,6 +162,8 @@ def _check_training(cfg: DictConfig) -> list[str]:
         raise ValueError(
             f"finetuning_type=full with adapter_name_or_path={cfg.adapter_name_or_path}: only lora continues an adapter"
         )
+    if not cfg.do_train and not (cfg.eval_dataset or cfg.val_size):
+        raise ValueError("do_train=False without eval_dataset or val_size: nothing to do; name one of the two")
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")

@@ -130,9 +130,10 @@ def save_adapter(model: Transformer, target_dir: Path, *, base_model: str, dropo
         target_dir / ADAPTER_WEIGHTS,
         {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in adapter_tensors(model).items()},
     )
+    alpha = round(first.scaling * rank, 9)
     config = PEFT_REQUIRED | {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": rank,
-        "lora_alpha": round(first.scaling * rank, 9), "lora_dropout": dropout, "inference_mode": True,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": dropout, "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "init_lora_weights": True,
     }  # fmt: skip
     (target_dir / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Greedy generation is transformers' own, token for token, and ends where it is told to."""
+"""Greedy generation is transformers' own, token for token; sampling follows softmax; both end where they are told to."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from models.generate import generate_greedy
+from models.generate import generate
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -33,6 +33,10 @@ def pair(tmp_path_factory) -> tuple[Transformer, PreTrainedModel]:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
     theirs.save_pretrained(where)
     return load_model(where, dtype=torch.float64, device=torch.device("cpu")), theirs.double().eval()
+
+
+def generate_greedy(model: Transformer, prompts: list[list[int]], **options) -> list[list[int]]:
+    return generate(model, prompts, temperature=0, seeds=[0] * len(prompts), **options)
 
 
 def their_continuation(theirs: PreTrainedModel, prompt: list[int], **options) -> list[int]:
@@ -88,6 +92,27 @@ def test_prompts_are_left_as_they_were(pair):
 def test_an_empty_prompt_is_refused(pair):
     with pytest.raises(ValueError, match="an empty prompt"):
         generate_greedy(pair[0], [[1], []], max_new_tokens=2, stop_ids={NEVER})
+
+
+def test_a_draw_follows_softmax_of_the_logits_over_temperature(pair):
+    """2,000 draws of one next token: each frequency within 4 standard errors of its probability."""
+    ours, theirs = pair
+    prompt, temperature, n = [5, 9, 2], 3.0, 2000
+    p_V = (theirs(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    draws = generate(ours, [prompt] * n, max_new_tokens=1, stop_ids={NEVER}, temperature=temperature, seeds=range(n))
+    frequency_V = torch.tensor([token for (token,) in draws]).bincount(minlength=len(p_V)) / n
+    assert ((frequency_V - p_V).abs() <= 4 * (p_V * (1 - p_V) / n).sqrt() + 1e-3).all()
+    assert (p_V > 0.02).sum() > 3  # a distribution, not a point
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(pair):
+    ours, _ = pair
+    options = {"max_new_tokens": LENGTH, "stop_ids": {NEVER}, "temperature": 2.0}
+    together = generate(ours, PROMPTS, seeds=[4, 5, 6, 7], **options)
+    assert [
+        generate(ours, [p], seeds=[s], **options)[0] for p, s in zip(PROMPTS, [4, 5, 6, 7], strict=True)
+    ] == together
+    assert generate(ours, PROMPTS, seeds=[8, 9, 10, 11], **options) != together
 
 
 @pytest.mark.real

@@ -94,6 +94,27 @@ def test_the_worlds_template_gives_the_ids_of_transformers(world, name):
     assert_ids_of_transformers(ChatTemplate(name, world), AutoTokenizer.from_pretrained(WORLD))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\nend\n",
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{% if add_generation_prompt %}!{% endif %}",
+        "{{ messages[0].content | tojson }}",
+        # The tag around a model's own words in the templates that trainers save.
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    ],
+    ids=["lines of blocks", "break", "tokens", "tojson", "generation"],
+)
+def test_auto_renders_as_transformers(tmp_path, source):
+    where = checkpoint(tmp_path, chat_template=source, bos_token="<|endoftext|>")
+    template, theirs = ChatTemplate("auto", Tokenizer(where)), AutoTokenizer.from_pretrained(where)
+    for messages in [*CONVERSATIONS, turns("<b>it's</b>", "é", "b", "c")]:
+        for header in (True, False):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=header, tokenize=False)
+            assert template.render(messages, header) == expected
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("jinja", "name"),

@@ -1,0 +1,271 @@
+"""The config: one set of keys everywhere, every range enforced by name, every group file what it says."""
+
+import copy
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import eval  # noqa: F401  (registers its schema)
+import train  # noqa: F401
+from dpo.config import RULES, EvalConfig, TrainConfig, check
+from dpo.losses import PREF_LOSSES
+from dpo.optim import SCHEDULES
+from models.template import TEMPLATES
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml"))
+
+
+def composed(name: str = "config", *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return composed()
+
+
+@pytest.fixture(scope="module")
+def default_eval() -> DictConfig:
+    return composed("eval", "model_name_or_path=m", "eval_dataset=d")
+
+
+def changed(cfg: DictConfig, **values: object) -> DictConfig:
+    cfg = copy.deepcopy(cfg)
+    for key, value in values.items():
+        cfg[key] = value
+    return cfg
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(("file", "schema"), [("config.yaml", TrainConfig), ("eval.yaml", EvalConfig)])
+def test_schema_and_file_have_the_same_keys_in_the_same_order(file, schema):
+    written = [str(key) for key in OmegaConf.load(CONF / file) if key not in ("defaults", "hydra")]
+    assert written == [f.name for f in fields(schema)]
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
+def test_no_value_hides_in_the_schema(schema):
+    """A default in two places would be two defaults; values stand in conf/ alone."""
+    assert all(f.default == "???" for f in fields(schema))
+
+
+def test_keys_shared_by_both_commands_have_one_type():
+    train_types = {f.name: f.type for f in fields(TrainConfig)}
+    for field in fields(EvalConfig):
+        if field.name in train_types and field.name != "eval_dataset":  # eval.py cannot do without one
+            assert field.type == train_types[field.name], field.name
+
+
+def test_every_key_of_the_files_has_a_comment_above_it():
+    """In config.yaml each; eval.yaml explains what it does not share."""
+    lines = (CONF / "config.yaml").read_text().splitlines()
+    for i, line in enumerate(lines):
+        if re.match(r"[a-z_]+:", line) and line.split(":")[0] not in ("defaults", "hydra"):
+            assert lines[i - 1].startswith("# "), line
+
+
+def sources(*files: str) -> str:
+    return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+
+
+# Code that both commands run, and what each adds.
+SHARED = ("dpo/build.py", "dpo/config.py")
+READERS = {
+    "train": (TrainConfig, (*SHARED, "dpo/trainer.py", "train.py")),
+    "eval": (EvalConfig, (*SHARED, "eval.py")),
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_every_key_is_read_somewhere(command):
+    """As cfg.KEY. `run` is expanded on the command line; ref_model keys are also read as cfg[key]."""
+    schema, files = READERS[command]
+    text = sources(*files)
+    read = set(re.findall(r"\bcfg\.(?:get\(\")?([a-z_0-9]+)", text))
+    unread = {f.name for f in fields(schema)} - read
+    assert unread == ({"run", "task"} if command == "eval" else set())
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_only_keys_that_exist_are_read(command):
+    """cfg is structured, so a wrong name would fail at run time, but only where that line runs."""
+    known = {f.name for schema in (TrainConfig, EvalConfig) for f in fields(schema)}
+    assert set(re.findall(r"\bcfg\.([a-z_0-9]+)", sources(*READERS[command][1]))) - known <= {"get"}
+
+
+# --- groups ---
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_group_file_composes_and_sets_what_it_says(path):
+    group = path.parent.name
+    others = [] if group == "experiment" else ["~experiment"]
+    cfg = composed("config", *others, f"{group}={path.stem}", "output_dir=x")
+    values = OmegaConf.load(path)
+    assert set(map(str, values)) <= {f.name for f in fields(TrainConfig)}
+    for key, value in values.items():
+        assert cfg[key] == value and type(cfg[key]) is type(value), key
+    assert path.read_text().startswith("# @package _global_\n# ")  # and says why
+
+
+def test_every_group_file_passes_its_checks():
+    for path in GROUP_FILES:
+        given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "x", **OmegaConf.load(path)}
+        others = [] if path.parent.name == "experiment" else ["~experiment"]
+        overrides = [f"{key}={value}" for key, value in given.items()]
+        assert check(composed("config", *others, f"{path.parent.name}={path.stem}", *overrides)) == [], path
+
+
+GUIDE = {"conservative": (1e-7, 0.05, 16), "recommended": (5e-7, 0.1, 32)}
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_experiments_hold_the_guides_two_columns(name):
+    cfg = composed("config", f"experiment={name}")
+    batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    assert (cfg.learning_rate, cfg.pref_beta, batch) == GUIDE[name]
+    assert cfg.num_train_epochs == 1
+
+
+def test_a_loss_brings_its_own_beta_above_the_experiments():
+    """experiment=world has beta 1, loss=hinge 0.05; the command line stands above both."""
+    assert composed("config", "loss=hinge").pref_beta == 0.05
+    assert composed("config", "loss=hinge", "pref_beta=0.7").pref_beta == 0.7
+
+
+def test_without_the_default_experiment_model_and_dataset_must_be_named():
+    cfg = composed("config", "~experiment")
+    with pytest.raises(ValueError, match=r"model_name_or_path is not set; pass model_name_or_path=\.\.\. \(or model="):
+        check(cfg)
+    with pytest.raises(ValueError, match=r"dataset is not set; pass dataset=\.\.\.$"):
+        check(changed(cfg, model_name_or_path="m"))
+
+
+# --- rules ---
+
+# key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
+EDGES: dict[str, tuple[list, list]] = {
+    "task": (["perplexity", ""], ["preference"]),
+    "stage": (["ppo", "DPO"], ["dpo", "sft"]),
+    "finetuning_type": (["freeze"], ["lora", "full"]),
+    "template": (["vicuna"], ["auto", *TEMPLATES]),
+    "pref_loss": (["orpo", "simpo"], list(PREF_LOSSES)),
+    "pref_beta": ([0.0, -0.1, float("inf"), float("nan")], [1e-9]),
+    "lora_rank": ([0, -8], [1]),
+    "lora_alpha": ([0.0, -1.0], [0.5, None]),
+    "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
+    "val_size": ([-0.1, float("inf")], [0.0, 0.1, 100]),
+    "cutoff_len": ([1, 0, -1], [2]),
+    "max_samples": ([0, -1], [1, None]),
+    "on_bad_row": (["fix"], ["stop", "skip"]),
+    "per_device_train_batch_size": ([0], [1]),
+    "per_device_eval_batch_size": ([0], [1]),
+    "gradient_accumulation_steps": ([0], [1]),
+    "learning_rate": ([0.0, -1e-7, float("inf"), float("nan")], [1e-9]),
+    "lr_scheduler_type": (["polynomial"], list(SCHEDULES)),
+    "warmup_ratio": ([1.0, -0.1], [0.0, 0.99]),
+    "warmup_steps": ([-1], [0]),
+    "num_train_epochs": ([0.0, -1.0, float("inf")], [0.1]),
+    "weight_decay": ([-0.1], [0.0]),
+    "max_grad_norm": ([-1.0, float("nan")], [0.0]),
+    "seed": ([-1], [0]),
+    "device": (["gpu", "mps", ""], ["auto", "cpu", "cuda", "cuda:1"]),
+    "logging_steps": ([0], [1]),
+    "eval_strategy": (["yes"], ["no", "steps", "epoch"]),
+    "eval_steps": ([0], [1]),
+    "save_strategy": (["best"], ["no", "steps", "epoch"]),
+    "save_steps": ([0], [1]),
+    "num_samples": ([-1], [0]),
+    "max_new_tokens": ([0], [1]),
+}
+
+
+def test_every_rule_has_its_edges_tested():
+    assert set(EDGES) == set(RULES)
+
+
+@pytest.mark.parametrize("key", EDGES)
+def test_a_value_out_of_range_is_refused_with_its_name_and_the_rule(default, default_eval, key):
+    # val_size and an eval_dataset exclude each other, which is another rule.
+    cfg = changed(default, eval_dataset=None) if key in default else default_eval
+    bad, good = EDGES[key]
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: (must|expected)"):
+            check(changed(cfg, **{key: value}))
+    for value in good:
+        check(changed(cfg, **{key: value}))
+
+
+def test_rules_name_the_choices(default):
+    with pytest.raises(ValueError, match=r"^pref_loss=kto: expected one of sigmoid, hinge, ipo$"):
+        check(changed(default, pref_loss="kto"))
+
+
+# --- combinations ---
+
+COMBINATIONS = [
+    ({"bf16": True, "fp16": True}, "bf16=True and fp16=True: choose one"),
+    (
+        {"finetuning_type": "full", "adapter_name_or_path": "runs/a"},
+        "finetuning_type=full with adapter_name_or_path=runs/a: only lora continues an adapter",
+    ),
+    ({"stage": "sft", "ref_model": "r"}, "stage=sft with ref_model=r: SFT has no reference"),
+    ({"stage": "sft", "ref_model_adapters": "r"}, "stage=sft with ref_model_adapters=r: SFT has no reference"),
+    (
+        {"val_size": 0.1, "eval_dataset": "e"},
+        r"val_size=0\.1 with eval_dataset=e: choose one of the two",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), COMBINATIONS, ids=lambda x: "+".join(x) if isinstance(x, dict) else "")
+def test_a_combination_that_cannot_run_is_refused_and_each_half_is_fine(default, values, message):
+    """Each half alone passes, so it is the combination that the message is about."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check(changed(default, **values))
+    cfg = changed(default, eval_dataset=None)
+    for key, value in values.items():
+        check(changed(cfg, **{key: value}))
+
+
+def test_bf16_and_fp16_together_are_refused_in_an_evaluation_too(default_eval):
+    assert check(default_eval) == []
+    with pytest.raises(ValueError, match="bf16=True and fp16=True"):
+        check(changed(default_eval, bf16=True, fp16=True))
+
+
+WARNED = [
+    ({"finetuning_type": "full", "learning_rate": 2e-5}, "learning_rate=2e-05 is the size of SFT's"),
+    ({"pref_beta": 1.5}, r"pref_beta=1\.5 is far above the usual"),
+]
+NOT_WARNED = [
+    {"finetuning_type": "full", "learning_rate": 1.9e-5},
+    {"finetuning_type": "lora", "learning_rate": 1e-3},
+    {"finetuning_type": "full", "learning_rate": 1e-3, "stage": "sft"},
+    {"pref_beta": 1.0},
+    {"pref_beta": 1.5, "stage": "sft"},
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WARNED)
+def test_a_likely_mistake_is_warned_about(default, values, message):
+    (warning,) = check(changed(default, **values))
+    assert re.match(message, warning)
+
+
+@pytest.mark.parametrize("values", NOT_WARNED, ids=str)
+def test_what_is_usual_is_not_warned_about(default, values):
+    assert check(changed(default, **values)) == []
+
+
+def test_the_default_run_passes_without_a_warning(default):
+    assert check(default) == []

@@ -1,0 +1,71 @@
+"""What the README says is so: its commands compose, its files exist, and no file is left out."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import eval as eval_entry
+import train as train_entry
+from dpo.command import expand_arguments
+from dpo.config import EvalConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "python train.py" in line or "python eval.py" in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command, tmp_path, monkeypatch):
+    """Paths that stand for the user's own are made: a run directory and a LLaMA-Factory file."""
+    assert train_entry.ConfigStore is eval_entry.ConfigStore  # both schemas are registered by the imports
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dpo_config.yaml").write_text("model_name_or_path: world\ndataset: world\npref_beta: 0.1\n")
+    (tmp_path / "OUTPUT_DIR").mkdir()
+    for name, text in (("config.yaml", "model_name_or_path: world\n"), ("adapter_config.json", "{}")):
+        (tmp_path / "OUTPUT_DIR" / name).write_text(text)
+    script, *arguments = command[command.index("python ") + len("python ") :].split()
+    name, schema = ("config", TrainConfig) if script == "train.py" else ("eval", EvalConfig)
+    expanded, _ = expand_arguments(arguments, schema)
+    # A sweep composes one job at a time; its first values stand for it.
+    overrides = [re.sub(r"=([^,]+),.*", r"=\1", a) for a in expanded if a != "-m"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert compose(name, overrides)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 6
+
+
+def listed_files() -> set[str]:
+    """Paths that the section `The files` names, by its three columns: a folder, names in it, what they are."""
+    block = re.search(r"## The files\n+```\n(.*?)```", README, re.DOTALL)[1]
+    found, folder = set(), ""
+    for line in block.splitlines():
+        folder = line[:8].strip() or folder
+        found |= {
+            f"{folder}{name}.py" for name in line[8:29].split() if folder in ("dpo/", "models/") and name[-1] != "/"
+        }
+    return found
+
+
+def test_the_list_of_files_is_the_files():
+    on_disk = {f"{folder}/{p.name}" for folder in ("dpo", "models") for p in (ROOT / folder).glob("[!_]*.py")}
+    assert listed_files() == on_disk
+
+
+def test_every_path_that_is_named_exists():
+    paths = set(re.findall(r"`((?:dpo|models|conf|experiments|tests)/[\w/.]+\.\w+)", README))
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_licence_and_the_metadata_agree():
+    assert "MIT" in (ROOT / "LICENSE").read_text() and "license = MIT" in (ROOT / "setup.cfg").read_text()
