@@ -226,9 +226,9 @@ def _sft_response(row: dict[str, Any], messages: list[Message]) -> tuple[list[Me
     if messages[-1]["role"] == "assistant":
         messages, text = messages[:-1], messages[-1]["content"]
     else:
-        key = next((key for key in ("output", "completion", "response", "chosen") if key in row), None)
+        key = next((key for key in ("chosen", "output", "completion", "response") if key in row), None)
         if key is None:
-            raise BadRow("no response; expected a last assistant turn, output, completion, response or chosen")
+            raise BadRow("no response; expected a last assistant turn, chosen, output, completion or response")
         text = _response(row, key)
     if not text.strip():
         raise BadRow("the response is empty; every row needs a non-empty one")

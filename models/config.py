@@ -9,6 +9,7 @@ a config that asks for one of them is refused, because ignoring it would compute
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ FAMILIES: dict[str, tuple[bool, bool]] = {
     "qwen2": (True, False),
     "qwen3": (False, True),
 }
-ROPE_TYPES = ("default", "linear", "llama3")
+# rope_type: the numbers that it reads.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,17 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"holds a {type(raw).__name__}, expected an object")
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: unknown architecture; expected one of {', '.join(FAMILIES)}")
     _refuse_what_is_not_computed(raw, model_type)
     heads = _integer(raw, "num_attention_heads")
-    kv_heads = _integer(raw, "num_key_value_heads", default=heads)
+    # Where the key is missing, transformers takes heads for Llama, and a number of its own for the other families.
+    may_be_missing = model_type == "llama" or "num_key_value_heads" in raw
+    kv_heads = _integer(raw, "num_key_value_heads", default=heads if may_be_missing else None)
     if heads % kv_heads:
         raise ValueError(f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads}")
     hidden_size = _integer(raw, "hidden_size")
-    head_dim = _integer(raw, "head_dim", default=max(1, hidden_size // heads))
+    head_dim = _integer(raw, "head_dim", default=None if model_type == "qwen3" else max(1, hidden_size // heads))
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even, rotary embedding turns pairs")
     qkv_bias, qk_norm = FAMILIES[model_type]
@@ -113,6 +121,8 @@ def _refuse_what_is_not_computed(raw: dict[str, Any], model_type: str) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={raw['hidden_act']!r}: the MLP computes silu only")
     # Qwen's configs carry a sliding_window that use_sliding_window switches on; Mistral's is on where it is a number.
+    if model_type == "mistral" and "sliding_window" not in raw:
+        raise ValueError("sliding_window: missing, which means 4096 to a Mistral; write null for full attention")
     window = raw.get("sliding_window")
     if window is not None and (model_type == "mistral" or raw.get("use_sliding_window", False)):
         raise ValueError(f"sliding_window={window}: sliding-window attention is not computed")
@@ -120,15 +130,18 @@ def _refuse_what_is_not_computed(raw: dict[str, Any], model_type: str) -> None:
 
 def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """(rope_theta, scaling settings) from either config style."""
-    settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = settings.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"rope_theta={theta!r}: expected a positive number")
-    kind = settings.pop("type", None)
-    settings["rope_type"] = settings.get("rope_type") or kind or "default"
-    if settings["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type={settings['rope_type']!r}: this project computes {', '.join(ROPE_TYPES)}")
-    return float(theta), settings
+    key = "rope_scaling" if raw.get("rope_parameters") is None else "rope_parameters"
+    given = {} if raw.get(key) is None else raw[key]
+    if not isinstance(given, dict):
+        raise ValueError(f"{key}={given!r}: expected an object")
+    nested = [name for name, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{key}: {nested[0]} has settings of its own; one rotary embedding serves every layer here")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type={kind!r}: this project computes {', '.join(ROPE_TYPES)}")
+    theta = _positive(given if "rope_theta" in given else raw, "rope_theta", default=10000.0)
+    return theta, {"rope_type": kind} | {name: _positive(given, name) for name in ROPE_TYPES[kind]}
 
 
 def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -140,8 +153,8 @@ def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
-def _positive(raw: dict[str, Any], key: str, default: float) -> float:
+def _positive(raw: dict[str, Any], key: str, default: float | None = None) -> float:
     value = raw.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{key}={value!r}: expected a positive number")
     return float(value)

@@ -1,8 +1,8 @@
 """Generation over the packed stream: the slow, obvious decoder.
 
 Every step runs the whole stream again and appends one token to each prompt: the most likely one, or a draw from
-softmax(logits / temperature). No cache of keys and values: a few dozen tokens of a few short prompts are what a training
-run shows, and this is the decoder that a cached one is tested against.
+softmax(logits / temperature). No cache of keys and values: a few dozen tokens of a few short prompts are what a
+training run shows, and this is the decoder that a cached one is tested against.
 
 Shapes: N open prompts, V vocabulary.
 """

@@ -29,7 +29,11 @@ PEFT_REQUIRED = {
     "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False,
     "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None,
     "trainable_token_indices": None, "lora_bias": False, "target_parameters": None, "use_qalora": False,
+    "alora_invocation_tokens": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+    "velora_config": None, "monteclora_config": None,
 }  # fmt: skip
+# The starts that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change them.
+PEFT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoRALinear(Linear):
@@ -105,14 +109,16 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def using_adapter(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Within the block the model computes with these adapter tensors; with None, as the base model."""
     layers = lora_layers(model)
-    for name, layer in layers.items():
-        layer.substitute = None if tensors is None else (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
-        layer.substituted = True
+    # Looked up before any layer changes, so that a missing tensor leaves the model as it was.
+    given = {n: None if tensors is None else (tensors[f"{n}.lora_A"], tensors[f"{n}.lora_B"]) for n in layers}
+    outer = {name: (layer.substitute, layer.substituted) for name, layer in layers.items()}
     try:
+        for name, layer in layers.items():
+            layer.substitute, layer.substituted = given[name], True
         yield
     finally:
-        for layer in layers.values():
-            layer.substitute, layer.substituted = None, False
+        for name, layer in layers.items():
+            layer.substitute, layer.substituted = outer[name]
 
 
 def adapters_disabled(model: nn.Module):
@@ -146,16 +152,19 @@ def read_adapter_config(adapter_dir: Path) -> dict:
         raise ValueError(f"{path}: no such file; adapter_name_or_path must be a directory in PEFT's format")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank, alpha = config["r"], float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a LoRA adapter_config.json ({error!r})") from None
     for key, value in PEFT_REQUIRED.items():
         given = config.get(key, value)
         if given != value and (given or value):
             raise ValueError(f"{path}: {key}={given!r} is not computed here; only {value!r} is")
-    if rank < 1 or alpha <= 0:
-        raise ValueError(f"{path}: r={rank}, lora_alpha={alpha}: both must be positive")
-    return config
+    start = config.get("init_lora_weights", True)
+    if start not in PEFT_STARTS:
+        raise ValueError(f"{path}: init_lora_weights={start!r} changes the base's weights; convert the adapter to LoRA")
+    if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf:
+        raise ValueError(f"{path}: r={rank!r}, lora_alpha={alpha}: both must be positive, r a whole number")
+    return config | {"lora_alpha": alpha}
 
 
 def load_adapter(model: Transformer, adapter_dir: Path, *, dropout: float) -> dict[str, LoRALinear]:
@@ -185,5 +194,7 @@ def load_adapter(model: Transformer, adapter_dir: Path, *, dropout: float) -> di
             raise ValueError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the model asks for {tuple(parameter.shape)}"
             )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16 or float16")
         parameter.data.copy_(tensor)
     return lora_layers(model)

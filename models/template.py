@@ -9,12 +9,16 @@ inside messages never becomes a special token (see models.tokenizer). Left out: 
 history, and strftime_now: a prompt that changes with the date would change the results with it.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.tokenizer import Tokenizer
@@ -125,19 +129,31 @@ class ChatTemplate:
         """Ids that end a generated response: the tokenizer's, and the special that the template puts after one."""
         _, (ending,) = self.encode([{"role": "user", "content": "x"}], ["x"])
         specials = set(self.tokenizer.special_ids.values())
-        return self.tokenizer.stop_ids | {next((i for i in reversed(ending) if i in specials), ending[-1])}
+        return self.tokenizer.stop_ids | set([i for i in ending if i in specials][-1:])
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: a mark for trainers that mask by it; here it is what stands inside."""
+
+    tags = {"generation"}  # noqa: RUF012, as the base class has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @lru_cache
 def _jinja_renderer(source: str, bos_token: str | None, eos_token: str | None) -> Renderer:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
     environment.globals["raise_exception"] = raise_exception
+    # As transformers has it; jinja2's own escapes the text for HTML.
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -149,7 +165,7 @@ def _jinja_renderer(source: str, bos_token: str | None, eos_token: str | None) -
                 messages=list(messages), add_generation_prompt=add_generation_prompt,
                 bos_token=bos_token or "", eos_token=eos_token or "",
             )  # fmt: skip
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can raise whatever its expressions do
             raise ValueError(f"template=auto: the checkpoint's chat template refused the messages ({error})") from None
 
     return render

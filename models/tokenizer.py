@@ -13,7 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-# Put inside a special token's string where that stands in a message, and taken out before encoding: see escape().
+# Stands for the first character of a special token's string inside a message (the next code points for other first
+# characters), and is turned back before encoding: see escape().
 MARK = "\ue0a1"
 
 
@@ -41,7 +42,12 @@ class Tokenizer:
         added = self.rust.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self._specials = re.compile(alternatives)
+        self._starts = re.compile(f"(?={alternatives}).", re.DOTALL)
+        firsts = sorted({token[0] for token in self.special_ids})
+        self._marks = {first: chr(ord(MARK) + i) for i, first in enumerate(firsts)}
+        self._unmark = {ord(mark): first for first, mark in self._marks.items()}
         settings = _read_json(path.with_name("tokenizer_config.json"))
         self.bos_token = _token_string(settings.get("bos_token"))
         self.eos_token = _token_string(settings.get("eos_token"))
@@ -51,10 +57,17 @@ class Tokenizer:
         self.stop_ids = frozenset([*ends, *(i for token, i in self.special_ids.items() if token == self.eos_token)])
 
     def escape(self, text: str) -> str:
-        """`text` with every special token's string broken by a mark, so that a template's own are told from it."""
-        if MARK in text:
-            raise ValueError(f"text holds {MARK!r} (U+{ord(MARK):04X}, private use), which is reserved here; remove it")
-        return self._specials.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+        """`text` with a mark where a special token's string would begin, so that a template's own are told from it."""
+        for mark in self._marks.values():
+            if mark in text:
+                raise ValueError(
+                    f"text holds {mark!r} (U+{ord(mark):04X}, private use), which is reserved here; remove it"
+                )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text holds {text[error.start]!r}, half of a surrogate pair; remove it") from None
+        return self._starts.sub(lambda match: self._marks[match[0]], text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; nothing is added, special strings stay characters."""
@@ -73,9 +86,9 @@ class Tokenizer:
         parts: list[str | int] = []
         start = 0
         for match in self._specials.finditer(text):
-            parts += [text[start : match.start()].replace(MARK, ""), self.special_ids[match[0]]]
+            parts += [text[start : match.start()].translate(self._unmark), self.special_ids[match[0]]]
             start = match.end()
-        parts.append(text[start:].replace(MARK, ""))
+        parts.append(text[start:].translate(self._unmark))
         return [part for part in parts if part != ""]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -65,9 +65,13 @@ def load_weights(model: Transformer, model_dir: Path, *, dtype: torch.dtype, dev
     seen: dict[str, Path] = {}
     # Old checkpoints store rope's constants; tied models may store the one embedding twice. Neither is a parameter.
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+    stored_twice: tuple[Path, Tensor] | None = None
     for path, name, read in _tensors(files):
-        name = name if name not in tied or tied[name] in _names(files) else tied[name]
-        if name in tied or name.endswith("rotary_emb.inv_freq"):
+        if name in tied and tied[name] in _names(files):
+            stored_twice = path, read().to(device=device, dtype=dtype)
+            continue
+        name = tied.get(name, name)
+        if name.endswith("rotary_emb.inv_freq"):
             continue
         if name not in expected:
             raise ValueError(
@@ -85,6 +89,11 @@ def load_weights(model: Transformer, model_dir: Path, *, dtype: torch.dtype, dev
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16, float16 or float64")
         _assign(model, name, tensor.to(device=device, dtype=dtype))
+    if stored_twice and not torch.equal(stored_twice[1], model.head_weight_VD):
+        raise ValueError(
+            f"{stored_twice[0]}: lm_head.weight differs from model.embed_tokens.weight, but config.json says that they "
+            "are one (tie_word_embeddings); set it to false if the checkpoint has a head of its own"
+        )
     missing = sorted(expected.keys() - seen.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -102,7 +111,9 @@ def weight_files(model_dir: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: not a safetensors index (an object with a weight_map of file names)") from None
+        names = []
+    if not names:
+        raise ValueError(f"{index}: not a safetensors index (an object with a weight_map of file names)")
     for name in names:
         # An index is untrusted input: a shard must be a plain file name, or it could read anything on the disk.
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
@@ -161,6 +172,8 @@ def save_model(model: Transformer, target_dir: Path, *, source_dir: Path) -> Non
         if (source_dir / name).is_file() and source_dir.resolve() != target_dir.resolve():
             shutil.copyfile(source_dir / name, target_dir / name)
     write_tensors(target_dir / WEIGHTS, dict(model.named_parameters()))
+    # Shards that lay here before are no longer this model's.
+    (target_dir / INDEX).unlink(missing_ok=True)
     config = json.loads((target_dir / "config.json").read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")

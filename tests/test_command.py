@@ -1,4 +1,4 @@
-"""The command line: config_file below the command line, values whole, mistakes one line, nothing inherited in silence."""
+"""The command line: config_file below it, values whole, mistakes in one line, nothing inherited in silence."""
 
 import re
 import sys

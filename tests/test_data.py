@@ -1,4 +1,4 @@
-"""Preference data: every format gives the same Example, every bad row one line with file:line, every cut is announced."""
+"""Preference data: every format gives one and the same Example, every bad row one line, every cut is announced."""
 
 import inspect
 import json
@@ -108,7 +108,7 @@ SFT_ROWS = {
 @FILES
 @pytest.mark.parametrize("key", SFT_ROWS)
 def test_every_sft_format_gives_the_same_example(tmp_path, name, key):
-    """A preference row gives its chosen response, even where it also has Alpaca's output (which may be the rejected)."""
+    """A preference row gives its chosen response, even beside Alpaca's output, which may be the rejected one."""
     (example,), _ = read(tmp_path, write_rows([SFT_ROWS[key]], name), name=name, stage="sft")
     assert example.messages == messages("user: q") and example.responses == ("c",)
 
@@ -419,7 +419,7 @@ def test_no_more_old_turns_go_than_must(template):
 
 
 def test_responses_are_cut_at_their_end_and_lose_their_end_of_turn(template):
-    """With the old turns gone and room for 3 tokens, each response keeps its first 3: a cut one never seems finished."""
+    """With the old turns gone and room for 3 tokens, each response keeps its first 3, which end nothing."""
     prompt_ids, responses = template.encode((PROMPT[0], PROMPT[3]), LONG.responses)
     row = encode(LONG, template, cutoff_len=len(prompt_ids) + 3)
     assert row.prompt_ids == prompt_ids and list(row.response_ids) == [ids[:3] for ids in responses]

@@ -1,4 +1,4 @@
-"""Greedy generation is transformers' own, token for token; sampling follows softmax; both end where they are told to."""
+"""Greedy generation is transformers' own, token for token; sampling follows softmax; both end where told."""
 
 from pathlib import Path
 

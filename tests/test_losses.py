@@ -128,7 +128,7 @@ SLOPES = {
 @LOSSES
 @BETAS
 def test_gradients_are_those_derived_by_hand(name, beta):
-    """d loss / d chosen: -beta sigmoid(-beta h); -beta while beta h < 1; 2 (h - 1/(2 beta)). Of rejected: minus that."""
+    """d loss / d chosen: -beta sigmoid(-beta h); -beta while beta h < 1; 2 (h - 1/(2 beta)). Of rejected: -1 times."""
     chosen, rejected = (x.requires_grad_() for x in pairs())
     PREF_LOSSES[name].function(chosen, rejected, beta=beta).sum().backward()
     expected = [SLOPES[name](c - r, beta) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
