@@ -38,8 +38,8 @@ def sigmoid_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: 
 def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Hinge: max(0, 1 - beta (chosen_logratios - rejected_logratios)).
 
-    Zhao et al. 2023 (SLiC), arXiv:2305.10425; on log-ratios as in Liu et al. 2023 (RSO), arXiv:2309.06657, Eq. 10;
-    their gamma is our beta.
+    Zhao et al. 2023 (SLiC), arXiv:2305.10425; on log-ratios as in Liu et al. 2023 (RSO), arXiv:2309.06657,
+    where it is called hinge-norm; their gamma is our beta.
 
     Returns:
         losses >= 0; 1 where policy equals reference, exactly 0 (and no gradient) once the margin beta h reaches 1.
@@ -73,6 +73,6 @@ class PrefLoss:
 
 PREF_LOSSES = {
     "sigmoid": PrefLoss(sigmoid_loss, "sum", "-log sigmoid(beta h)", "DPO, arXiv:2305.18290, Eq. 7"),
-    "hinge": PrefLoss(hinge_loss, "sum", "max(0, 1 - beta h)", "RSO, arXiv:2309.06657, Eq. 10"),
+    "hinge": PrefLoss(hinge_loss, "sum", "max(0, 1 - beta h)", "RSO, arXiv:2309.06657, hinge-norm"),
     "ipo": PrefLoss(ipo_loss, "mean", "(h - 1/(2 beta))^2", "IPO, arXiv:2310.12036, Eq. 17"),
 }

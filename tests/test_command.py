@@ -325,6 +325,13 @@ def test_run_of_a_whole_model_is_compared_with_the_model_it_started_from(tmp_pat
     assert cfg.ref_model == "other"
 
 
+def test_run_without_held_out_rows_leaves_the_choice_of_them_open(tmp_path):
+    """A run with val_size saved no eval_dataset; null is no value that could be passed on."""
+    with pytest.raises(ValueError, match=r"^eval_dataset is not set; pass eval_dataset=\.\.\.$"):
+        check(composed([saved_run(tmp_path / "a", eval_dataset=None)], EvalConfig))
+    assert composed([saved_run(tmp_path / "a", eval_dataset=None), "eval_dataset=e"], EvalConfig).eval_dataset == "e"
+
+
 def test_run_in_a_directory_with_an_awkward_name(tmp_path):
     folder = tmp_path / "it's, [a] run"
     cfg = composed([saved_run(folder)], EvalConfig)
