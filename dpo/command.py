@@ -7,6 +7,7 @@ and named once; any other unknown key is refused with the nearest one that is kn
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
                 expanded.append(f"{key}={_quote(value)}")
     for before, argument in zip(["", *rest], rest, strict=False):
         key, _, text = argument.partition("=")
+        if argument.startswith("~") and argument[1:] not in GROUPS:
+            raise ValueError(f"{argument}: every key needs a value; only a group can be left out")
         if argument.startswith(("-", "~", "hydra")) or before.startswith("--"):
             expanded.append(argument)
         elif "=" not in argument:
@@ -146,7 +149,8 @@ def _without_effect(key: str, value: Any, ineffective: list[str]) -> bool:
         return False
     allowed = WITHOUT_EFFECT[key]
     if allowed is not ANY and value != allowed:
-        raise ValueError(f"{key}={value}: is not done here; only {key}={allowed} is accepted")
+        accepted = "null" if allowed is None else allowed
+        raise ValueError(f"{key}={value}: is not done here; only {key}={accepted} is accepted")
     ineffective.append(key)
     return True
 
@@ -154,6 +158,8 @@ def _without_effect(key: str, value: Any, ineffective: list[str]) -> bool:
 def _check_key(key: str, value: Any, schema: type) -> None:
     known = [f.name for f in fields(schema)]
     if key not in known:
+        if key in GROUPS:
+            raise ValueError(f"{key}={value}: a group stands on the command line ({key}={value}), not in a config_file")
         near = difflib.get_close_matches(key, [*known, "config_file", *GROUPS], n=1)
         hint = f"did you mean {near[0]}?" if near else "conf/ lists every key"
         raise ValueError(f"{key}={value}: unknown key; {hint}")
@@ -180,9 +186,11 @@ def _is_text(key: str, schema: type) -> bool:
 def _check_group(key: str, text: str) -> None:
     folder = CONF / key.partition("@")[0]
     choices = sorted(p.stem for p in folder.glob("*.yaml"))
-    for choice in text.split(","):
+    # Of glob(...), Hydra matches the files itself.
+    given = [] if text.startswith("glob(") else _override_values(f"{key}={text}")
+    for choice in given:
         if choice not in choices:
-            near = difflib.get_close_matches(choice, choices, n=1)
+            near = difflib.get_close_matches(str(choice), choices, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
             raise ValueError(f"{key}={choice}: no such file in conf/{key}; {hint}")
 
@@ -191,11 +199,13 @@ def _override_values(argument: str) -> Iterator[Any]:
     """The value of an override, or every value of a sweep over it."""
     try:
         override = OverridesParser.create().parse_override(argument)
+        texts = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else None
     except HydraException:
         raise ValueError(f"{argument}: not readable as key=value; quote values with commas or brackets") from None
-    if override.is_sweep_override():
-        for text in override.sweep_string_iterator():
-            yield OmegaConf.from_dotlist([f"x={text}"]).x
+    if texts is not None:
+        yield from (OmegaConf.from_dotlist([f"x={text}"]).x for text in texts)
+    elif override.is_sweep_override():
+        raise ValueError(f"{argument}: a sweep here is a list, choice(...) or range(...)")
     else:
         yield override.value()
 
@@ -208,5 +218,6 @@ def _quote(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "[" + ",".join(_quote(item) for item in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'") if "'" in str(value) else str(value)
+    # In the grammar a backslash escapes only before a quote, and so must be doubled only there.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value))
     return f"'{escaped}'"

@@ -103,7 +103,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield source, json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield source, BadRow(f"{source}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
                 yield source, BadRow(f"{source}: not valid JSON ({error}); expected one object per line")
 
 
@@ -112,7 +112,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path}:1: begins with a byte order mark; save the file as UTF-8 without BOM")
     decoder = json.JSONDecoder()
     position, line = _skip_space(text, 0, 1)
     if text[position : position + 1] != "[":
@@ -121,7 +124,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     while text[position : position + 1] != "]":
         try:
             row, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             # What follows a syntax error cannot be told from it, so this stops whatever on_bad_row says.
             raise ValueError(f"{path}:{line}: not valid JSON ({error})") from None
         yield f"{path}:{line}", row
@@ -129,8 +132,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         position, line = _skip_space(text, end, line)
         if text[position : position + 1] == ",":
             position, line = _skip_space(text, position + 1, line)
+            if text[position : position + 1] == "]":
+                raise ValueError(f"{path}:{line}: not valid JSON (a comma after the last row)")
         elif text[position : position + 1] != "]":
             raise ValueError(f"{path}:{line}: not valid JSON (expected ',' or ']' after a row); is the file cut short?")
+    position, line = _skip_space(text, position + 1, line)
+    if position < len(text):
+        raise ValueError(f"{path}:{line}: not valid JSON (text after the array's end); one array per file")
 
 
 def _skip_space(text: str, position: int, line: int) -> tuple[int, int]:
@@ -162,29 +170,31 @@ def _example(row: Any, source: str, stage: str) -> Example:
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
-    if "conversations" in row or "messages" in row:
-        key = "conversations" if "conversations" in row else "messages"
-        turns = row[key]
-        if not isinstance(turns, list) or not turns:
-            raise BadRow(f"{key} must be a list of at least one turn, got {_show(turns)}")
-        return [_turn(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
-    if "instruction" in row:
+    key = next((key for key in ("conversations", "messages", "instruction", "prompt") if key in row), None)
+    if key is None:
+        keys = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
+        raise BadRow(f"no known format has these keys: {keys}; expected conversations, messages, instruction or prompt")
+    system = [{"role": "system", "content": _text(row, "system")}] if _given(row, "system") else []
+    if key == "instruction":
         text = _text(row, "instruction")
         # A blank line has no meaning here: LLaMA-Factory joins instruction and input by one newline.
-        text += "\n" + _text(row, "input") if row.get("input") else ""
-        system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+        text += "\n" + _text(row, "input") if _given(row, "input") else ""
         return [*system, *_history(row), {"role": "user", "content": text}]
-    if isinstance(row.get("prompt"), list):
-        return [_turn(turn, f"prompt[{i}]") for i, turn in enumerate(row["prompt"])]
-    if "prompt" in row:
-        system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    if key == "prompt" and not isinstance(row["prompt"], list):
         return [*system, {"role": "user", "content": _text(row, "prompt")}]
-    keys = ", ".join(list(row)[:8]) or "none"
-    raise BadRow(f"no known format has these keys: {keys}; expected conversations, messages, instruction or prompt")
+    turns = row[key]
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"{key} must be a list of at least one turn, got {_show(turns)}")
+    return [*system, *(_turn(turn, f"{key}[{i}]") for i, turn in enumerate(turns))]
+
+
+def _given(row: dict[str, Any], key: str) -> bool:
+    """Whether an optional key holds anything; null and "" are how datasets say no."""
+    return row.get(key) not in (None, "")
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
-    history = row.get("history") or []
+    history = [] if row.get("history") is None else row["history"]
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
@@ -218,7 +228,7 @@ def _response(row: dict[str, Any], side: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{side} must be text or one assistant turn, got {_show(value)}")
     if not value.strip():
-        raise BadRow(f"{side} is empty; every pair needs two non-empty responses")
+        raise BadRow(f"{side} is empty; every row needs non-empty responses")
     return value
 
 
@@ -254,7 +264,10 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # nested as deeply as the JSON parser allows
+        text = "nested too deeply to show"
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -268,7 +281,10 @@ def encode(example: Example, template: ChatTemplate, cutoff_len: int) -> Encoded
     spoken = list(example.messages[len(system) :])
     dropped = 0
     while True:
-        prompt_ids, responses = template.encode([*system, *spoken], example.responses)
+        try:
+            prompt_ids, responses = template.encode([*system, *spoken], example.responses)
+        except (ValueError, TypeError) as error:  # TypeError: the tokenizer's word for half a surrogate pair
+            raise BadRow(f"{example.source}: cannot be tokenized ({error})") from None
         if len(spoken) == 1 or len(prompt_ids) + max(map(len, responses)) <= cutoff_len:
             break
         spoken = spoken[2:]
@@ -280,6 +296,8 @@ def encode(example: Example, template: ChatTemplate, cutoff_len: int) -> Encoded
             f"cutoff_len={cutoff_len}; raise it or shorten the prompt"
         )
     cut = tuple(ids[:room] for ids in responses)
+    if len(cut) == 2 and responses[0] == responses[1]:
+        raise BadRow(f"{example.source}: chosen and rejected are equal once the template has rendered them")
     if len(cut) == 2 and cut[0] == cut[1]:
         raise BadRow(f"{example.source}: chosen and rejected are equal within cutoff_len={cutoff_len}; raise it")
     return Encoded(prompt_ids, cut, example, dropped, tuple(len(ids) > room for ids in responses))

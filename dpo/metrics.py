@@ -7,6 +7,7 @@ logps/chosen, logps/rejected        log pi(y|x) of the policy, nats, summed over
 """
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -58,4 +59,5 @@ def one_line(metrics: dict[str, float]) -> str:
 
 
 def to_json(metrics: dict[str, float]) -> str:
-    return json.dumps(metrics)
+    # JSON has no Infinity or NaN (fp16's first, skipped steps have no finite gradient norm).
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()})

@@ -19,6 +19,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dpo.metrics import to_json
+from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from models.weights import WEIGHTS
 
 CONFIG, METRICS, RESULTS = "config.yaml", "metrics.jsonl", "results.json"
 
@@ -35,13 +37,13 @@ class RunDir:
                 f"output_dir={path}: holds a run already; name another, or pass overwrite_output_dir=true or "
                 "resume_from_checkpoint=true"
             )
-        if overwrite and not resume:
+        if overwrite and not resume and (path / CONFIG).exists():
             self._remove_earlier_run()
         path.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _tensorboard_writer(path / "runs")
 
     def _remove_earlier_run(self) -> None:
-        for name in (METRICS, RESULTS, "skipped_rows.txt"):
+        for name in (METRICS, RESULTS, "skipped_rows.txt", ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
             (self.path / name).unlink(missing_ok=True)
         for folder in [self.path / "runs", *self.path.glob("checkpoint-*")]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -67,20 +69,23 @@ class RunDir:
         """Remove the rows of metrics.jsonl that a resume from `step` will write again."""
         path = self.path / METRICS
         if path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+            # A line without its end was cut short by a crash.
+            rows = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
+            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+        self.close()
+        self._tensorboard = _tensorboard_writer(self.path / "runs", purge_step=step + 1)
 
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
-def _tensorboard_writer(path: Path) -> Any:
+def _tensorboard_writer(path: Path, purge_step: int | None = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # the extra `log` is not installed; metrics.jsonl holds the same numbers
         return None
-    return SummaryWriter(str(path))
+    return SummaryWriter(str(path), purge_step=purge_step)
 
 
 def write_results(run_dir: Path, overrides: dict[str, str], metrics: dict[str, float]) -> None:
@@ -94,7 +99,9 @@ def collect_sweep(sweep_dir: Path) -> Path:
     rows = []
     for job in sorted(finished, key=lambda path: int(path.name)):
         result = json.loads((job / RESULTS).read_text(encoding="utf-8"))
-        rows.append({"job": job.name, **result["overrides"], **result["metrics"]})
+        # -m learning_rate=... and the metric learning_rate, the last step's, are two things.
+        metrics = {f"final_{k}" if k in result["overrides"] else k: v for k, v in result["metrics"].items()}
+        rows.append({"job": job.name, **result["overrides"], **metrics})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     target = sweep_dir / "results.csv"
     with open(target, "w", newline="", encoding="utf-8") as file:

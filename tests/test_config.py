@@ -77,17 +77,16 @@ def sources(*files: str) -> str:
     return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
 
 
-# Code that both commands run, and what each adds.
-SHARED = ("dpo/build.py", "dpo/config.py")
+# The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
-    "train": (TrainConfig, (*SHARED, "dpo/trainer.py", "train.py")),
-    "eval": (EvalConfig, (*SHARED, "eval.py")),
+    "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "train.py")),
+    "eval": (EvalConfig, ("dpo/build.py", "eval.py")),
 }
 
 
 @pytest.mark.parametrize("command", READERS)
 def test_every_key_is_read_somewhere(command):
-    """As cfg.KEY. `run` is expanded on the command line; ref_model keys are also read as cfg[key]."""
+    """As cfg.KEY. `run` is expanded on the command line, and `task` has one choice so far."""
     schema, files = READERS[command]
     text = sources(*files)
     read = set(re.findall(r"\bcfg\.(?:get\(\")?([a-z_0-9]+)", text))
@@ -235,6 +234,14 @@ def test_a_combination_that_cannot_run_is_refused_and_each_half_is_fine(default,
     cfg = changed(default, eval_dataset=None)
     for key, value in values.items():
         check(changed(cfg, **{key: value}))
+
+
+def test_a_run_that_neither_trains_nor_evaluates_is_refused(default):
+    """do_train=false needs held-out rows from somewhere."""
+    with pytest.raises(ValueError, match=r"^do_train=False without eval_dataset or val_size"):
+        check(changed(default, do_train=False, eval_dataset=None))
+    for held_out in ({"eval_dataset": "e"}, {"eval_dataset": None, "val_size": 0.1}):
+        check(changed(default, do_train=False, **held_out))
 
 
 def test_bf16_and_fp16_together_are_refused_in_an_evaluation_too(default_eval):

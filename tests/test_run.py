@@ -77,6 +77,14 @@ def test_overwriting_removes_the_earlier_result(tmp_path):
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "adapter_config.json").exists()
 
 
+def test_overwriting_removes_nothing_from_a_directory_that_holds_no_run(tmp_path):
+    """Another program's model and checkpoints are not ours to delete, whatever output_dir says."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "model.safetensors").write_text("{}")
+    new_run(tmp_path, overwrite=True).close()
+    assert (tmp_path / "checkpoint-500").is_dir() and (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_resuming_keeps_everything(tmp_path, overwrite):
     finished_run(tmp_path)
