@@ -8,6 +8,7 @@ batch is cut into micro-batches does not show in the result.
 Shapes: P pairs, R response tokens of a micro-batch.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,10 +89,10 @@ class Plan:
     @classmethod
     def of(cls, cfg: DictConfig, rows: int) -> "Plan":
         batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-        steps_per_epoch = -(-rows // batch)
+        steps_per_epoch = math.ceil(rows / batch)
         # Rounded up as Hugging Face's trainer does; 0.5 epochs of 7 steps are 4.
-        total = cfg.max_steps if cfg.max_steps > 0 else -(-steps_per_epoch * cfg.num_train_epochs // 1)
-        return cls(rows, batch, steps_per_epoch, int(total), cfg.seed, not cfg.disable_shuffling)
+        total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(steps_per_epoch * cfg.num_train_epochs)
+        return cls(rows, batch, steps_per_epoch, total, cfg.seed, not cfg.disable_shuffling)
 
     def indices(self, step: int) -> list[int]:
         """The rows of update `step`, counted from 0: a function of seed and step alone, so a resume needs no replay."""
@@ -160,6 +161,7 @@ class Trainer:
                 bar.update()
                 if self._due(self.cfg.logging_steps) or self.step == total:
                     last = self._log(rate, norm, clock, bar)
+                    clock = _Clock()
                 if self.eval_rows and self._scheduled(self.cfg.eval_strategy, self.cfg.eval_steps, at_end=True):
                     self.evaluate(bar)
                 if self._scheduled(self.cfg.save_strategy, self.cfg.save_steps, at_end=False):
@@ -198,7 +200,7 @@ class Trainer:
 
     @property
     def warmup_steps(self) -> int:
-        return self.cfg.warmup_steps or -int(-self.plan.total_steps * self.cfg.warmup_ratio // 1)
+        return self.cfg.warmup_steps or math.ceil(self.plan.total_steps * self.cfg.warmup_ratio)
 
     def _micro_batches(self, batch: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         size = self.cfg.per_device_train_batch_size
@@ -260,10 +262,8 @@ class _Clock:
         self.tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        """Rates since the last call; a token is one of the packed stream, where a shared prompt counts once."""
-        rates = {
+        """A token is one of the packed stream, where a shared prompt counts once."""
+        return {
             "pairs_per_second": round(self.pairs / self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
         }
-        self.__init__()  # type: ignore[misc]
-        return rates
