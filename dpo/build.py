@@ -1,7 +1,7 @@
 """From config to the objects of a run: device and dtype, tokenizer and template, rows, policy, reference.
 
-Beside the trainer and the entry points, the only file that reads cfg. Everything cheap comes before the weights, so that a mistake in the
-config or the data is said in the first second.
+Beside the trainer and the entry points the only file that reads cfg. Everything cheap comes before the weights, so that
+a mistake in the config or the data is said in the first second.
 """
 
 from dataclasses import dataclass
