@@ -4,6 +4,7 @@ Composes the config, checks it, builds the objects of the run (dpo.build), train
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo.build import build_policy, build_reference, build_rows, build_template, choose_device, model_dir
-from dpo.checkpoint import save_result
+from dpo.checkpoint import find_checkpoint, save_result
 from dpo.command import one_line_errors, prepare_command_line
 from dpo.config import TrainConfig, check
 from dpo.data import Encoded
 from dpo.evals import world_reward
-from dpo.run import RunDir, collect_sweep, write_results
+from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
 from dpo.trainer import Trainer
 from models.generate import generate
 from models.template import ChatTemplate
@@ -28,48 +29,71 @@ from models.transformer import Transformer
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
+FAILED_JOBS: list[str] = []
+"""Jobs of a sweep that ended in an error; the others run all the same."""
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:  # each job below output_dir, by its number
-        cfg.output_dir = os.path.relpath(job.runtime.output_dir)
+    overrides = dict(item.split("=", 1) for item in job.overrides.task if "=" in item)
+    if job.mode == RunMode.MULTIRUN:
+        sweep_job(cfg, overrides, int(job.job.num))
+        return
     with one_line_errors():
-        metrics = train(cfg)
-        run_dir = Path(cfg.output_dir)
-        overrides = dict(item.split("=", 1) for item in job.overrides.task if "=" in item)
-        write_results(run_dir, overrides, metrics)
-        if job.mode == RunMode.MULTIRUN:
-            print(f"sweep: {collect_sweep(run_dir.parent)}")
+        write_results(Path(cfg.output_dir), overrides, train(cfg))
+
+
+def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
+    """One job of a sweep, in a directory of its own; a mistake ends the job and is a row of the sweep's results."""
+    sweep_dir = Path(cfg.output_dir)
+    cfg.output_dir = str(sweep_dir / str(number))
+    print(f"job {number}: {' '.join(f'{key}={value}' for key, value in overrides.items())}")
+    try:
+        write_results(Path(cfg.output_dir), overrides, train(cfg))
+    except (ValueError, OSError) as error:
+        FAILED_JOBS.append(str(number))
+        print(f"error: job {number}: {error}", file=sys.stderr)
+        write_results(Path(cfg.output_dir), overrides, {}, error=str(error))
+    print(f"sweep: {collect_sweep(sweep_dir, last_job=number)}")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """One run, from a checked config to a saved result; returns its final metrics."""
+    """One run, from config to saved result; returns its final metrics."""
     for warning in check(cfg):
         print(f"warning: {warning}")
+    path, resume = Path(cfg.output_dir), bool(cfg.resume_from_checkpoint)
+    check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
+    checkpoint = find_checkpoint(cfg.resume_from_checkpoint, path) if resume else None
+    if resume:
+        check_resume(path, cfg)
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_rows(cfg, template)
-    run_dir = RunDir(Path(cfg.output_dir), overwrite=cfg.overwrite_output_dir, resume=bool(cfg.resume_from_checkpoint))
-    run_dir.write_config(cfg)
-    run_dir.write_skipped(rows.skipped)
     print_rows(rows.train, rows.evaluation, rows.skipped)
-
     policy = build_policy(cfg, device)
     reference = None
     if cfg.stage == "dpo":
         reference, description = build_reference(cfg, policy)
         print(f"reference: {description}")
+
+    # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
+    run_dir = RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
+    run_dir.write_config(cfg)
+    run_dir.write_skipped(rows.skipped)
     trainer = Trainer(cfg, policy, reference, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
-    report = Report(cfg, policy, template, rows.evaluation or rows.train)
-    if not cfg.do_train:
-        return trainer.evaluate()
-    if cfg.resume_from_checkpoint and trainer.resume():
-        print(f"resumed after step {trainer.step}")
-    metrics = trainer.train()
-    save_result(policy, run_dir.path, **trainer.result)
-    metrics |= report.show()
+    if cfg.do_train:
+        report = Report(cfg, policy, template, rows.evaluation or rows.train)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            print(f"resumed after step {trainer.step}")
+        metrics = trainer.train()
+        save_result(policy, path, **trainer.result)
+        metrics |= report.show()
+    else:
+        metrics = trainer.evaluate()
     run_dir.close()
-    print(f"run: {run_dir.path}")
+    print(f"run: {path}")
     return metrics
 
 
@@ -130,5 +154,11 @@ class Report:
 
 
 if __name__ == "__main__":
+    with one_line_errors():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: one process trains; several are not supported yet"
+            )
     prepare_command_line(TrainConfig)
     main()
+    sys.exit(2 if FAILED_JOBS else 0)

@@ -37,6 +37,9 @@ def model_dir(name_or_path: str) -> Path:
 def choose_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: this PyTorch sees no CUDA device; pass device=cpu or auto")
+    index = device.partition(":")[2]
+    if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise ValueError(f"device={device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -51,9 +54,17 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
     weight_files(directory)
     for adapter in filter(None, (cfg.adapter_name_or_path, cfg.ref_model_adapters)):
         read_adapter_config(Path(adapter))
-    if cfg.ref_model:
-        weight_files(model_dir(cfg.ref_model))
-    return ChatTemplate(cfg.template, Tokenizer(directory))
+    tokenizer = Tokenizer(directory)
+    if cfg.ref_model and model_dir(cfg.ref_model).resolve() != directory.resolve():
+        reference = model_dir(cfg.ref_model)
+        read_model_config(reference)
+        weight_files(reference)
+        if Tokenizer(reference).rust.get_vocab() != tokenizer.rust.get_vocab():
+            raise ValueError(
+                f"ref_model={cfg.ref_model}: its tokenizer has another vocabulary than {cfg.model_name_or_path}'s, so "
+                "token ids would mean other text; name a model of the same family"
+            )
+    return ChatTemplate(cfg.template, tokenizer)
 
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
@@ -108,9 +119,7 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
 
 def build_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
     """(reference of a training run, what it is in a few words); see dpo.reference for the choice."""
-    if _is_another_model(cfg):
-        return _frozen_copy(cfg, policy)
-    if cfg.finetuning_type == "full":
+    if _is_another_model(cfg) or cfg.finetuning_type == "full":
         return _frozen_copy(cfg, policy)
     if cfg.adapter_name_or_path and not cfg.ref_model:
         return snapshot_reference(policy), "a snapshot of the adapter as it starts"

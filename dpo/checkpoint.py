@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.lora import ADAPTER_WEIGHTS, adapter_tensors, lora_layers, save_adapter
+from models.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_tensors, lora_layers, save_adapter
 from models.transformer import Transformer
 from models.weights import WEIGHTS, read_tensors, save_model, write_tensors
 
@@ -62,8 +62,8 @@ def save_checkpoint(
     beside.rename(target)
 
 
-def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path | None:
-    """The directory to resume from: the one named, or with `true` the newest of the run (None where it has none)."""
+def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
+    """The directory to resume from: the one named, or with `true` the newest of the run; ValueError where none is."""
     if resume_from_checkpoint.lower() != "true":
         path = Path(resume_from_checkpoint)
         if not (path / STATE).is_file():
@@ -74,7 +74,11 @@ def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path | None:
         for path in run_dir.glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdigit()
     }
-    return numbered[max(numbered)] if numbered else None
+    if not numbered:
+        raise ValueError(
+            f"resume_from_checkpoint=true: {run_dir} holds no checkpoint-N; pass the output_dir of the run"
+        )
+    return numbered[max(numbered)]
 
 
 def load_checkpoint(source: Path, policy: Transformer, optimizer: torch.optim.Optimizer) -> TrainerState:
@@ -83,7 +87,7 @@ def load_checkpoint(source: Path, policy: Transformer, optimizer: torch.optim.Op
     weights = read_tensors(source / (ADAPTER_WEIGHTS if lora_layers(policy) else WEIGHTS))
     moments = read_tensors(source / OPTIMIZER)
     for name, parameter in parameters.items():
-        stored = weights.get(f"base_model.model.{name}.weight" if lora_layers(policy) else name)
+        stored = weights.get(f"{PEFT_PREFIX}{name}.weight" if lora_layers(policy) else name)
         if stored is None or stored.shape != parameter.shape:
             raise ValueError(f"{source}: does not fit this run: {name} is missing or has another shape; same config?")
         parameter.data.copy_(stored)

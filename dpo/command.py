@@ -15,15 +15,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dpo.config import EvalConfig, TrainConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "loss", "data", "experiment")
+FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+)
 
 # LLaMA-Factory's and the Hugging Face trainer's keys that change no result here, with the values that hold for.
 ANY = object()
@@ -46,7 +60,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the program with `error: ...` on what a user can get wrong. HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -67,49 +81,73 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
     config_file=PATH is replaced by its keys, standing first; keys without effect are dropped with a note; every other
     key and value is checked against the schema, so that a mistake is one line and not Hydra's several.
     """
-    config_files = [a for a in argv if a.startswith("config_file=")]
-    rest = [a for a in argv if a not in config_files]
-    if schema is EvalConfig:
-        expanded_run = [f"{k}={_quote(v)}" for a in argv if a.startswith("run=") for k, v in _run_keys(a[4:]).items()]
-        given = {a.partition("=")[0] for a in rest}
-        rest = [a for a in expanded_run if a.partition("=")[0] not in given] + rest
-    expanded: list[str] = []
+    flags, typed = _split_flags(argv)
+    sweeping = bool({"-m", "--multirun"} & set(flags))
     ineffective: list[str] = []
-    sweeping = bool({"-m", "--multirun"} & set(argv))
-    for argument in config_files:
-        for key, value in _read_config_file(Path(argument.partition("=")[2])).items():
-            if not _without_effect(key, value, ineffective):
-                _check_key(key, value, schema)
-                expanded.append(f"{key}={_quote(value)}")
-    for before, argument in zip(["", *rest], rest, strict=False):
+    from_run: list[str] = []
+    from_files: list[str] = []
+    arguments: list[str] = []
+    for argument in typed:
         key, _, text = argument.partition("=")
-        if argument.startswith("~") and argument[1:] not in GROUPS:
-            raise ValueError(f"{argument}: every key needs a value; only a group can be left out")
-        if argument.startswith(("-", "~", "hydra")) or before.startswith("--"):
-            expanded.append(argument)
+        if argument.startswith("hydra"):
+            arguments.append(argument)
+        elif argument.startswith("~"):
+            if argument[1:] not in GROUPS:
+                raise ValueError(f"{argument}: every key needs a value; only a group can be left out")
+            arguments.append(argument)
         elif "=" not in argument:
             raise ValueError(f"{argument}: expected key=value")
+        elif key == "config_file":
+            for name, value in _read_config_file(Path(text)).items():
+                if not _without_effect(name, value, ineffective):
+                    _check_key(name, value, schema)
+                    from_files.append(f"{name}={_quote(value)}")
         elif key in GROUPS or key.partition("@")[0] in GROUPS:
             _check_group(key, text)
-            expanded.append(argument)
+            arguments.append(f"~{key}" if text == "null" else argument)
         elif key in WITHOUT_EFFECT:
             _without_effect(key, next(_override_values(argument)), ineffective)
         else:
+            if key == "run" and schema is EvalConfig:
+                from_run = [f"{k}={_quote(v)}" for k, v in _run_keys(text).items()]
             # Outside a multirun a comma in a text (lora_target=q_proj,v_proj) is a comma and no sweep.
             if not sweeping and "," in text and _is_text(key, schema) and text[0] not in "'\"[{":
                 argument = f"{key}={_quote(text)}"
             for value in _override_values(argument):
                 _check_key(key, value, schema)
-            expanded.append(argument)
-    named = {a.partition("=")[0] for a in expanded}
+            arguments.append(argument)
+    expanded = from_run + from_files + arguments
+    named = {a.lstrip("~").partition("=")[0] for a in expanded}
     notes = [f"without effect here, and left out: {', '.join(ineffective)}"] if ineffective else []
+    notes += _groups_that_lose(arguments, from_files)
     # The default experiment's tuned values (its learning rate above all) belong to the built-in world. A run on
     # another model or data must not inherit them in silence.
     own = sorted(named & {"model_name_or_path", "dataset", "model", "data"})
     if schema is TrainConfig and own and "experiment" not in named:
         expanded.append("~experiment")
         notes.append(f"{own[0]} is given: the built-in world's settings (experiment=world) are not used")
-    return expanded, notes
+    return flags + expanded, notes
+
+
+def _split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's flags with their values, everything else): -m may stand anywhere, expanded keys may not follow it."""
+    flags: list[str] = []
+    typed: list[str] = []
+    for argument in argv:
+        takes_value = bool(flags) and flags[-1] in FLAGS_WITH_VALUE
+        (flags if argument.startswith("-") or takes_value else typed).append(argument)
+    return flags, typed
+
+
+def _groups_that_lose(arguments: list[str], from_files: list[str]) -> Iterator[str]:
+    """A note for each group whose keys a config_file sets too: it wins, which is the rule and still a surprise."""
+    in_files = {a.partition("=")[0] for a in from_files}
+    for argument in arguments:
+        group, _, choice = argument.partition("=")
+        path = CONF / group / f"{choice}.yaml"
+        both = sorted(in_files & OmegaConf.load(path).keys()) if group in GROUPS and path.is_file() else []
+        if both:
+            yield f"config_file stands above {argument}, and sets {', '.join(both)} too; its values are used"
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
@@ -132,7 +170,8 @@ def _run_keys(run: str) -> dict[str, Any]:
         raise ValueError(f"run={run}: holds no config.yaml; name the directory of a finished run")
     saved = _read_config_file(path / "config.yaml")
     known = {f.name for f in fields(EvalConfig)}
-    keys = {key: value for key, value in saved.items() if key in known and value is not None}
+    # max_samples was of the training rows; a held-out file is evaluated whole.
+    keys = {k: v for k, v in saved.items() if k in known - {"max_samples"} and v is not None}
     if (path / "adapter_config.json").is_file():
         started_from = saved.get("adapter_name_or_path")
         # A continued adapter was its own reference, unless another was named.
@@ -186,8 +225,8 @@ def _is_text(key: str, schema: type) -> bool:
 def _check_group(key: str, text: str) -> None:
     folder = CONF / key.partition("@")[0]
     choices = sorted(p.stem for p in folder.glob("*.yaml"))
-    # Of glob(...), Hydra matches the files itself.
-    given = [] if text.startswith("glob(") else _override_values(f"{key}={text}")
+    # Of glob(...), Hydra matches the files itself; null leaves the group out.
+    given = [] if text == "null" or text.startswith("glob(") else _override_values(f"{key}={text}")
     for choice in given:
         if choice not in choices:
             near = difflib.get_close_matches(str(choice), choices, n=1)
@@ -203,11 +242,19 @@ def _override_values(argument: str) -> Iterator[Any]:
     except HydraException:
         raise ValueError(f"{argument}: not readable as key=value; quote values with commas or brackets") from None
     if texts is not None:
-        yield from (OmegaConf.from_dotlist([f"x={text}"]).x for text in texts)
+        yield from map(_parse, texts)
     elif override.is_sweep_override():
         raise ValueError(f"{argument}: a sweep here is a list, choice(...) or range(...)")
     else:
         yield override.value()
+
+
+def _parse(text: str) -> Any:
+    """The value that Hydra will see in one job of a sweep; text where it is not YAML."""
+    try:
+        return OmegaConf.from_dotlist([f"x={text}"]).x
+    except YAMLError:
+        return text
 
 
 def _quote(value: Any) -> str:

@@ -8,6 +8,7 @@ Everything a user can get wrong is a ValueError of one sentence: what was given,
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -128,7 +129,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "num_train_epochs": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
-    "seed": NOT_NEGATIVE,
+    "seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
     "device": ((lambda value: value in ("auto", "cpu") or value.startswith("cuda")), "expected auto, cpu or cuda"),
     "logging_steps": AT_LEAST_1,
     "eval_strategy": _one_of("no", "steps", "epoch"),
@@ -157,6 +158,10 @@ def check(cfg: DictConfig) -> list[str]:
     return _check_training(cfg) if "stage" in cfg else []
 
 
+def _lies_in(path: str, directory: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(directory).resolve())
+
+
 def _check_training(cfg: DictConfig) -> list[str]:
     if cfg.finetuning_type == "full" and cfg.adapter_name_or_path:
         raise ValueError(
@@ -164,6 +169,9 @@ def _check_training(cfg: DictConfig) -> list[str]:
         )
     if not cfg.do_train and not (cfg.eval_dataset or cfg.val_size):
         raise ValueError("do_train=False without eval_dataset or val_size: nothing to do; name one of the two")
+    for key in ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters"):
+        if cfg.overwrite_output_dir and cfg[key] and _lies_in(cfg[key], cfg.output_dir):
+            raise ValueError(f"overwrite_output_dir=True: would delete {key}={cfg[key]}; name another output_dir")
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
@@ -173,6 +181,8 @@ def _check_training(cfg: DictConfig) -> list[str]:
     rate = cfg.learning_rate
     if cfg.stage == "dpo" and cfg.finetuning_type == "full" and rate >= 2e-5:
         warnings.append(f"learning_rate={rate:g} is the size of SFT's; DPO with full fine-tuning wants about 5e-7")
+    if cfg.stage == "dpo" and cfg.finetuning_type == "lora" and rate < 2e-6:
+        warnings.append(f"learning_rate={rate:g} suits full fine-tuning; LoRA usually wants about 5e-6")
     if cfg.stage == "dpo" and cfg.pref_beta > 1:
         warnings.append(f"pref_beta={cfg.pref_beta:g} is far above the usual 0.01 to 0.5 and allows almost no change")
     return warnings

@@ -1,7 +1,7 @@
 """The optimiser, the learning-rate schedules and fp16's loss scale.
 
 Schedules are Hugging Face's, step for step: a linear warm-up from 0 (the first step of a warm-up has rate 0), then
-constant, linear to 0, or half a cosine to 0.
+constant, linear to 0, or half a cosine to 0. One deviation: a step that fp16 skips counts for the schedule too.
 """
 
 import math
@@ -70,6 +70,8 @@ class LossScale:
                 finite = finite and bool(p.grad.isfinite().all())
         if not finite:
             self.scale, self.good_steps = self.scale / 2, 0
+            if self.scale < 1:
+                raise ValueError("fp16: gradients overflow at any loss scale; use bf16=true, or lower learning_rate")
             return False
         self.good_steps += 1
         if self.good_steps == 2000:

@@ -25,18 +25,45 @@ from models.weights import WEIGHTS
 CONFIG, METRICS, RESULTS = "config.yaml", "metrics.jsonl", "results.json"
 
 
+# Keys that a resumed run may change: where, how often and how much it reports, saves and evaluates, and how long it is.
+FREE_ON_RESUME = frozenset({
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "device", "eval_dataset",
+    "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+    "max_steps", "num_train_epochs", "num_samples", "max_new_tokens",
+})  # fmt: skip
+
+
+def check_output_dir(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """ValueError where output_dir is no directory, or holds a run that is neither to be overwritten nor resumed."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir={path}: is a file; name a directory")
+    if (path / CONFIG).exists() and not (overwrite or resume):
+        raise ValueError(
+            f"output_dir={path}: holds a run already; name another, or pass overwrite_output_dir=true or "
+            "resume_from_checkpoint=true"
+        )
+
+
+def check_resume(path: Path, cfg: DictConfig) -> None:
+    """ValueError where the run that is resumed was made with another config, beyond the keys it may change."""
+    if not (path / CONFIG).is_file():
+        return
+    saved = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
+    assert isinstance(saved, dict)
+    for key in map(str, cfg):
+        if key not in FREE_ON_RESUME and saved.get(key) != cfg[key]:
+            raise ValueError(
+                f"{key}={cfg[key]}: the run in {path} was made with {key}={saved.get(key)}; resume with the same "
+                "config, or name another output_dir"
+            )
+
+
 class RunDir:
-    """One run's directory. Refuses one that holds a run already, unless told to overwrite or to resume."""
+    """One run's directory, opened: an earlier run in it is removed (overwrite) or continued (resume)."""
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool):
+        check_output_dir(path, overwrite=overwrite, resume=resume)
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"output_dir={path}: is a file; name a directory")
-        if (path / CONFIG).exists() and not (overwrite or resume):
-            raise ValueError(
-                f"output_dir={path}: holds a run already; name another, or pass overwrite_output_dir=true or "
-                "resume_from_checkpoint=true"
-            )
         if overwrite and not resume and (path / CONFIG).exists():
             self._remove_earlier_run()
         path.mkdir(parents=True, exist_ok=True)
@@ -88,20 +115,27 @@ def _tensorboard_writer(path: Path, purge_step: int | None = None) -> Any:
     return SummaryWriter(str(path), purge_step=purge_step)
 
 
-def write_results(run_dir: Path, overrides: dict[str, str], metrics: dict[str, float]) -> None:
-    text = json.dumps({"overrides": overrides, "metrics": metrics}, indent=2)
+def write_results(run_dir: Path, overrides: dict[str, str], metrics: dict[str, float], error: str = "") -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    result = {"overrides": overrides, "metrics": json.loads(to_json(metrics))} | ({"error": error} if error else {})
+    text = json.dumps(result, indent=2)
     (run_dir / RESULTS).write_text(text + "\n", encoding="utf-8")
 
 
-def collect_sweep(sweep_dir: Path) -> Path:
-    """results.csv of a sweep: a row per finished job, its number, its overrides, its final metrics."""
+def collect_sweep(sweep_dir: Path, last_job: int) -> Path:
+    """results.csv of a sweep: a row per finished job up to last_job, its number, its overrides, its final metrics.
+
+    Jobs of a higher number that lie there are of an earlier, longer sweep.
+    """
     finished = [path.parent for path in sweep_dir.glob(f"*/{RESULTS}") if path.parent.name.isdigit()]
+    finished = [path for path in finished if int(path.name) <= last_job]
     rows = []
     for job in sorted(finished, key=lambda path: int(path.name)):
         result = json.loads((job / RESULTS).read_text(encoding="utf-8"))
         # -m learning_rate=... and the metric learning_rate, the last step's, are two things.
         metrics = {f"final_{k}" if k in result["overrides"] else k: v for k, v in result["metrics"].items()}
-        rows.append({"job": job.name, **result["overrides"], **metrics})
+        failed = {"error": result["error"]} if "error" in result else {}
+        rows.append({"job": job.name, **result["overrides"], **metrics, **failed})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     target = sweep_dir / "results.csv"
     with open(target, "w", newline="", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint, trainable
+from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
 from dpo.data import Encoded
 from dpo.logprobs import sum_over_responses, token_logps
 from dpo.losses import PREF_LOSSES, PrefLoss
@@ -97,15 +98,13 @@ class Plan:
     def indices(self, step: int) -> list[int]:
         """The rows of update `step`, counted from 0: a function of seed and step alone, so a resume needs no replay."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self.shuffle:
-            order = torch.randperm(self.rows, generator=_generator(self.seed, epoch)).tolist()
-        else:
-            order = list(range(self.rows))
-        return order[within * self.batch : (within + 1) * self.batch]
+        order = _permutation(self.rows, self.seed, epoch) if self.shuffle else range(self.rows)
+        return list(order)[within * self.batch : (within + 1) * self.batch]
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+@lru_cache(maxsize=1)
+def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 class Trainer:
@@ -135,17 +134,13 @@ class Trainer:
         self.window = Means()
         self.last_evaluation: dict[str, float] = {}
 
-    def resume(self) -> bool:
-        """Continue from the configured checkpoint; False where resume_from_checkpoint=true finds none yet."""
-        source = find_checkpoint(self.cfg.resume_from_checkpoint, self.run_dir.path)
-        if source is None:
-            return False
+    def resume(self, source: Path) -> None:
+        """Continue from a checkpoint-N directory."""
         state = load_checkpoint(source, self.policy, self.optimizer)
         self.step = state.step
         self.window = Means(state.window)
         self.loss_scale.scale, self.loss_scale.good_steps = state.loss_scale, state.good_steps
         self.run_dir.forget_after(state.step)
-        return True
 
     def train(self) -> dict[str, float]:
         """Make the updates that are left; returns the last logged training metrics and the last evaluation."""
@@ -177,6 +172,11 @@ class Trainer:
         for rows in self._micro_batches(batch):
             stream = to_stream(rows, self.policy.device)
             losses, metrics = self.objective(self.policy, stream)
+            if not torch.isfinite(losses).all():
+                raise ValueError(
+                    f"step {self.step + 1}: the loss is not finite (rows {rows[0].example.source} ...); with fp16 try "
+                    "bf16, else lower learning_rate or raise pref_beta"
+                )
             (losses.sum() / units * self.loss_scale.scale).backward()
             self.window.add(metrics)
             clock.count(len(rows), len(stream.input_ids_T))

@@ -26,6 +26,10 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+FETCHED = ["*.safetensors", "*.json", "*.jinja"]
+NOT_FETCHED = ["consolidated*", "original/*"]  # the same weights once more, in their authors' own format
+
+
 def resolve_model_dir(name_or_path: str) -> Path:
     """A local directory as it is; any other name is fetched from the Hugging Face hub, safetensors and text only."""
     path = Path(name_or_path).expanduser()
@@ -36,7 +40,7 @@ def resolve_model_dir(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+        return Path(snapshot_download(name_or_path, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
     except Exception as error:  # the hub's client raises a family of types: offline, missing, gated, malformed name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -66,8 +70,9 @@ def load_weights(model: Transformer, model_dir: Path, *, dtype: torch.dtype, dev
     # Old checkpoints store rope's constants; tied models may store the one embedding twice. Neither is a parameter.
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
     stored_twice: tuple[Path, Tensor] | None = None
+    names = {name for _, name, _ in _tensors(files)}
     for path, name, read in _tensors(files):
-        if name in tied and tied[name] in _names(files):
+        if name in tied and tied[name] in names:
             stored_twice = path, read().to(device=device, dtype=dtype)
             continue
         name = tied.get(name, name)
@@ -121,10 +126,6 @@ def weight_files(model_dir: Path) -> list[Path]:
         if not (model_dir / name).is_file():
             raise ValueError(f"{index}: shard {name} is named but not there; is the download complete?")
     return [model_dir / name for name in names]
-
-
-def _names(files: list[Path]) -> set[str]:
-    return {name for _, name, _ in _tensors(files)}
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, "_Read"]]:

@@ -241,7 +241,25 @@ def test_outside_a_sweep_a_comma_in_a_text_is_a_comma():
 
 def test_flags_and_hydras_own_keys_are_left_alone():
     arguments = ["--cfg", "job", "hydra.job.name=x", "hydra/launcher=basic", "-m", "--config-dir", "elsewhere"]
-    assert expand_arguments(arguments, TrainConfig)[0] == arguments
+    flags = ["--cfg", "job", "-m", "--config-dir", "elsewhere"]
+    assert expand_arguments(arguments, TrainConfig)[0] == [*flags, "hydra.job.name=x", "hydra/launcher=basic"]
+
+
+def test_a_sweep_may_be_asked_for_anywhere_beside_a_config_file(tmp_path):
+    """argparse takes overrides in one run only: what config_file expands to must not stand before -m."""
+    file = yaml_file(tmp_path, "seed: 7\n")
+    for arguments in (["-m", file, "pref_beta=0.1,0.2"], [file, "pref_beta=0.1,0.2", "-m"]):
+        expanded, _ = expand_arguments(arguments, TrainConfig)
+        assert expanded == ["-m", "seed=7", "pref_beta=0.1,0.2"]
+
+
+def test_a_group_that_config_file_overrules_is_named(tmp_path):
+    _, notes = expand_arguments(["loss=ipo", yaml_file(tmp_path, "pref_loss: sigmoid\n")], TrainConfig)
+    assert notes == ["config_file stands above loss=ipo, and sets pref_loss too; its values are used"]
+
+
+def test_null_leaves_a_group_out():
+    assert expand_arguments(["experiment=null"], TrainConfig)[0] == ["~experiment"]
 
 
 # --- the default experiment ---

@@ -121,7 +121,9 @@ def test_every_group_file_passes_its_checks():
         given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "x", **OmegaConf.load(path)}
         others = [] if path.parent.name == "experiment" else ["~experiment"]
         overrides = [f"{key}={value}" for key, value in given.items()]
-        assert check(composed("config", *others, f"{path.parent.name}={path.stem}", *overrides)) == [], path
+        warnings = check(composed("config", *others, f"{path.parent.name}={path.stem}", *overrides))
+        # The guide's two columns are for full fine-tuning, and say so with LoRA.
+        assert [w for w in warnings if "suits full fine-tuning" not in w] == [], path
 
 
 GUIDE = {"conservative": (1e-7, 0.05, 16), "recommended": (5e-7, 0.1, 32)}

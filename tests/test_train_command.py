@@ -99,7 +99,7 @@ def test_a_sweep_has_a_directory_per_job_and_one_results_csv(tmp_path):
 def test_an_evaluation_of_a_saved_run_gives_its_own_last_evaluation(tmp_path):
     directory = tmp_path / "run"
     assert run("train.py", f"output_dir={directory}", *QUICK, "learning_rate=1e-2").returncode == 0
-    done = run("eval.py", f"run={directory}", f"output_file={tmp_path / 'out.json'}")
+    done = run("eval.py", f"run={directory}", "max_samples=8", f"output_file={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
     expected = metrics(directory)[-1]
     for name, value in json.loads((tmp_path / "out.json").read_text()).items():
@@ -151,3 +151,13 @@ def test_a_directory_that_holds_a_run_is_not_touched(tmp_path):
     done = run("train.py", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null")
     assert done.returncode == 2 and "holds a run already" in done.stderr
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_job_that_fails_does_not_end_the_sweep(tmp_path):
+    done = run("train.py", "-m", "lora_dropout=2,0", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null")
+    assert done.returncode == 2
+    assert "error: job 0: lora_dropout=2.0: must be at least 0 and below 1" in done.stderr
+    with open(tmp_path / "results.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert "lora_dropout=2.0" in first["error"] and not first["loss"]
+    assert not second["error"] and float(second["loss"]) > 0

@@ -1,6 +1,7 @@
 """The training loop: how a batch is cut does not show, a seed determines a run, a resume continues it exactly."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from dpo.build import WORLD
 from dpo.metrics import TIMING_KEYS
 from dpo.trainer import Plan
 from models.weights import read_tensors
@@ -145,3 +147,46 @@ def test_every_epoch_visits_every_row_once_in_an_order_of_its_own():
 def test_disable_shuffling_keeps_file_order():
     p = plan(5, "per_device_train_batch_size=2", "disable_shuffling=true")
     assert [p.indices(step) for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tmp_path):
+    """Its log-probabilities would be of other text."""
+    other = tmp_path / "other"
+    shutil.copytree(WORLD / "model", other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("<|endoftext|>", "<|endofstory|>"), encoding="utf-8")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        train(config(tmp_path / "run", f"ref_model={other}"))
+
+
+def test_a_run_that_cannot_begin_leaves_no_trace_and_removes_nothing(tmp_path):
+    run = tmp_path / "run"
+    train(config(run))
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
+    for overrides in (
+        ["overwrite_output_dir=true", "lora_target=nonsense"],
+        ["overwrite_output_dir=true", f"adapter_name_or_path={run}"],
+        ["resume_from_checkpoint=true"],
+        [],
+    ):
+        with pytest.raises(ValueError):
+            train(config(run, *overrides))
+        assert sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir()) == before
+
+
+def test_a_resume_with_another_config_is_refused(tmp_path):
+    train(config(tmp_path, "save_steps=2"))
+    with pytest.raises(ValueError, match=r"pref_beta=0.5: the run in .* was made with pref_beta=1.0"):
+        train(config(tmp_path, "save_steps=2", "resume_from_checkpoint=true", "pref_beta=0.5"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_row(tmp_path):
+    """Weights so large that fp16 overflows in the forward pass: no loss scale can mend that."""
+    from models.weights import write_tensors
+
+    broken = tmp_path / "broken"
+    shutil.copytree(WORLD / "model", broken)
+    tensors = read_tensors(broken / "model.safetensors")
+    write_tensors(broken / "model.safetensors", {n: t * (1e4 if "down_proj" in n else 1) for n, t in tensors.items()})
+    with pytest.raises(ValueError, match=r"step 1: the loss is not finite \(rows .*train.jsonl:\d+"):
+        train(config(tmp_path / "run", f"model_name_or_path={broken}", "fp16=true"))
