@@ -36,7 +36,8 @@ FAILED_JOBS: list[str] = []
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    overrides = dict(item.split("=", 1) for item in job.overrides.task if "=" in item)
+    pairs = (item.partition("=") for item in job.overrides.task if "=" in item)
+    overrides = {key: value.strip("'") for key, _, value in pairs}  # quoted where config_file gave them
     if job.mode == RunMode.MULTIRUN:
         sweep_job(cfg, overrides, int(job.job.num))
         return
