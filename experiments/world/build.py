@@ -1,4 +1,4 @@
-"""Writes the world's files: `python -m experiments.world.build` from a seed, in about six minutes on two cores.
+"""Writes the world's files: `python -m experiments.world.build` from a seed, in about five minutes on two cores.
 
 data/train.jsonl, data/eval.jsonl   preference pairs with their dimensions; eval's prompts are the held-out ones
 data/sft.jsonl                      conversations in the base distribution, train prompts only
