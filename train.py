@@ -82,6 +82,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     run_dir = RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     run_dir.write_config(cfg)
     run_dir.write_skipped(rows.skipped)
+    if cfg.val_size and cfg.stage == "dpo":
+        run_dir.write_held_out([row.example for row in rows.evaluation])
     trainer = Trainer(cfg, policy, reference, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:
         report = Report(cfg, policy, template, rows.evaluation or rows.train)

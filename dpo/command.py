@@ -172,6 +172,8 @@ def _run_keys(run: str) -> dict[str, Any]:
     known = {f.name for f in fields(EvalConfig)}
     # max_samples was of the training rows; a held-out file is evaluated whole.
     keys = {k: v for k, v in saved.items() if k in known - {"max_samples"} and v is not None}
+    if (path / "held_out.jsonl").is_file():
+        keys["eval_dataset"] = str(path / "held_out.jsonl")
     if (path / "adapter_config.json").is_file():
         started_from = saved.get("adapter_name_or_path")
         # A continued adapter was its own reference, unless another was named.

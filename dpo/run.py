@@ -4,6 +4,7 @@ config.yaml                  the resolved config
 metrics.jsonl                one object per logged step and evaluation
 runs/                        TensorBoard events (extra `log`)
 skipped_rows.txt             rows left out under on_bad_row=skip, a line each
+held_out.jsonl               the pairs that val_size held out
 checkpoint-N/                after step N (dpo.checkpoint)
 adapter_*.* or a model       the result, in PEFT's or Hugging Face's format
 results.json                 overrides and final metrics; a sweep collects them in its results.csv
@@ -18,11 +19,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dpo.data import Example
 from dpo.metrics import to_json
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.weights import WEIGHTS
 
-CONFIG, METRICS, RESULTS = "config.yaml", "metrics.jsonl", "results.json"
+CONFIG, METRICS, RESULTS, HELD_OUT = "config.yaml", "metrics.jsonl", "results.json", "held_out.jsonl"
 
 
 # Keys that a resumed run may change: where, how often and how much it reports, saves and evaluates, and how long it is.
@@ -70,7 +72,7 @@ class RunDir:
         self._tensorboard = _tensorboard_writer(path / "runs")
 
     def _remove_earlier_run(self) -> None:
-        for name in (METRICS, RESULTS, "skipped_rows.txt", ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
+        for name in (METRICS, RESULTS, HELD_OUT, "skipped_rows.txt", ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
             (self.path / name).unlink(missing_ok=True)
         for folder in [self.path / "runs", *self.path.glob("checkpoint-*")]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,6 +82,14 @@ class RunDir:
 
     def write_skipped(self, rows: Sequence[str]) -> None:
         (self.path / "skipped_rows.txt").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+    def write_held_out(self, examples: Sequence[Example]) -> None:
+        """The pairs that val_size held out, in the guide's format, for a later evaluation of this run."""
+        with open(self.path / HELD_OUT, "w", encoding="utf-8") as file:
+            for example in examples:
+                turns = [{"from": m["role"], "value": m["content"]} for m in example.messages]
+                chosen, rejected = example.responses
+                file.write(json.dumps({"conversations": turns, "chosen": chosen, "rejected": rejected}) + "\n")
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one object to metrics.jsonl and to TensorBoard, there as train/NAME or eval/NAME."""

@@ -161,3 +161,14 @@ def test_a_job_that_fails_does_not_end_the_sweep(tmp_path):
         first, second = csv.DictReader(file)
     assert "lora_dropout=2.0" in first["error"] and not first["loss"]
     assert not second["error"] and float(second["loss"]) > 0
+
+
+def test_a_run_with_val_size_keeps_its_held_out_pairs_for_its_evaluation(tmp_path):
+    options = ["dataset=world", "eval_dataset=null", "val_size=4", "experiment=world", "learning_rate=1e-2"]
+    done = run("train.py", *options, *QUICK, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
+    done = run("eval.py", f"run={tmp_path}", f"output_file={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    result, expected = json.loads((tmp_path / "out.json").read_text()), metrics(tmp_path)[-1]
+    assert result["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-5) != 0
