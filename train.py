@@ -63,7 +63,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """One run, from config to saved result; returns its final metrics."""
     for warning in check(cfg):
         print(f"warning: {warning}")
-    path, resume = Path(cfg.output_dir), bool(cfg.resume_from_checkpoint)
+    path = Path(cfg.output_dir)
+    resume = str(cfg.resume_from_checkpoint or "false").lower() != "false"
     check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     checkpoint = find_checkpoint(cfg.resume_from_checkpoint, path) if resume else None
     if resume:

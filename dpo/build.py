@@ -5,6 +5,7 @@ a mistake in the config or the data is said in the first second.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ class Rows:
     skipped: list[str]
 
 
+@lru_cache  # a hub name would ask the network at every call
 def model_dir(name_or_path: str) -> Path:
     """The directory of a model: `world` is the built-in one, anything else a directory or a hub name."""
     return WORLD / "model" if name_or_path == "world" else resolve_model_dir(name_or_path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo.logprobs import token_logps
-from models.lora import snapshot, using_adapter
+from models.lora import adapters_disabled, snapshot, using_adapter
 from models.stream import Stream
 from models.transformer import Transformer
 
@@ -23,23 +23,28 @@ Reference = Callable[[Stream], Tensor]
 
 def base_reference(policy: Transformer) -> Reference:
     """The policy without its adapter."""
-    return _evaluating(policy, lambda stream: _with_adapter(policy, None, stream))
+
+    def compute(stream: Stream) -> Tensor:
+        with adapters_disabled(policy):
+            return token_logps(policy, stream)
+
+    return _evaluating(policy, compute)
 
 
 def snapshot_reference(policy: Transformer) -> Reference:
     """The policy with its adapter as it is now, whatever becomes of it later."""
     frozen = snapshot(policy)
-    return _evaluating(policy, lambda stream: _with_adapter(policy, frozen, stream))
+
+    def compute(stream: Stream) -> Tensor:
+        with using_adapter(policy, frozen):
+            return token_logps(policy, stream)
+
+    return _evaluating(policy, compute)
 
 
 def frozen_reference(model: Transformer) -> Reference:
     """Another model, which nobody trains."""
     return _evaluating(model, lambda stream: token_logps(model, stream))
-
-
-def _with_adapter(policy: Transformer, tensors: dict[str, Tensor] | None, stream: Stream) -> Tensor:
-    with using_adapter(policy, tensors):
-        return token_logps(policy, stream)
 
 
 def _evaluating(model: Transformer, compute: Reference) -> Reference:

@@ -99,7 +99,7 @@ class Plan:
         """The rows of update `step`, counted from 0: a function of seed and step alone, so a resume needs no replay."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _permutation(self.rows, self.seed, epoch) if self.shuffle else range(self.rows)
-        return list(order)[within * self.batch : (within + 1) * self.batch]
+        return list(order[within * self.batch : (within + 1) * self.batch])
 
 
 @lru_cache(maxsize=1)

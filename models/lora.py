@@ -12,7 +12,7 @@ Left out: DoRA, biases, per-layer ranks, rsLoRA, adapters on embeddings or the h
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -121,7 +121,7 @@ def using_adapter(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> Ite
             layer.substitute, layer.substituted = outer[name]
 
 
-def adapters_disabled(model: nn.Module):
+def adapters_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Within the block the model is the base model, bit for bit."""
     return using_adapter(model, None)
 

@@ -4,7 +4,7 @@ A template renders the prompt (every message and the generation header) and then
 after that header, end-of-turn token and trailing newline included. The two are encoded apart, so both sides of a pair
 share the prompt's ids by construction and no token straddles the boundary.
 
-Named templates are three fields of data; `auto` is the checkpoint's own Jinja, in jinja2's immutable sandbox. Text
+Named templates are a few fields of data; `auto` is the checkpoint's own Jinja, in jinja2's immutable sandbox. Text
 inside messages never becomes a special token (see models.tokenizer). Left out: tools, images, thinking blocks in
 history, and strftime_now: a prompt that changes with the date would change the results with it.
 """

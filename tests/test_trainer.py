@@ -35,7 +35,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
 def test_the_cut_into_micro_batches_does_not_show(tmp_path, loss):
-    """8 x 1, 2 x 4 and 1 x 8 are one logical batch of 8. float32 adds up in another order: 1e-6 relative."""
+    """8 x 1, 2 x 4 and 1 x 8 are one logical batch of 8. float32 adds up in another order, which Adam magnifies."""
     results = []
     for size, accumulate in ((8, 1), (2, 4), (1, 8)):
         cut = [f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulate}", f"pref_loss={loss}"]
@@ -44,6 +44,7 @@ def test_the_cut_into_micro_batches_does_not_show(tmp_path, loss):
     for metrics, weights in results[1:]:
         for row, expected in zip(metrics, results[0][0], strict=True):
             assert row == pytest.approx(expected, rel=2e-5, abs=2e-6)
+        assert metrics[0] == pytest.approx(results[0][0][0], rel=2e-6, abs=2e-6)  # before Adam's first step
         for name, tensor in weights.items():
             # Adam's first steps are sign-like: a gradient of 1e-9 that changes in its last digits moves by a whole
             # learning rate times that relative change, so weights agree less closely than losses.
@@ -190,3 +191,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_row(tmp_path):
     write_tensors(broken / "model.safetensors", {n: t * (1e4 if "down_proj" in n else 1) for n, t in tensors.items()})
     with pytest.raises(ValueError, match=r"step 1: the loss is not finite \(rows .*train.jsonl:\d+"):
         train(config(tmp_path / "run", f"model_name_or_path={broken}", "fp16=true"))
+
+
+def test_resume_from_checkpoint_false_starts_anew(tmp_path):
+    """LLaMA-Factory's files write false where they mean none."""
+    train(config(tmp_path, "resume_from_checkpoint=false", "max_steps=1"))
+    assert len(rows(tmp_path)) == 1
