@@ -10,11 +10,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, choose_device
-from dpo.command import one_line_errors, prepare_command_line
+from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template
 from dpo.config import EvalConfig, check
 from dpo.losses import PREF_LOSSES
 from dpo.trainer import evaluate, preference_objective
+from models.command import one_line_errors, prepare_command_line
+from models.weights import choose_device
 
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
 

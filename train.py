@@ -14,17 +14,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.build import build_policy, build_reference, build_rows, build_template, choose_device, model_dir
+from dpo.build import build_policy, build_reference, build_rows, build_template, model_dir
 from dpo.checkpoint import find_checkpoint, save_result
-from dpo.command import one_line_errors, prepare_command_line
 from dpo.config import TrainConfig, check
 from dpo.data import Encoded
 from dpo.evals import world_reward
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
 from dpo.trainer import Trainer
+from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
 from models.template import ChatTemplate
 from models.transformer import Transformer
+from models.weights import choose_device
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 

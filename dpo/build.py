@@ -18,7 +18,7 @@ from models.lora import inject_lora, load_adapter, read_adapter_config
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
-from models.weights import load_model, resolve_model_dir, weight_files
+from models.weights import choose_dtype, load_model, resolve_model_dir, weight_files
 
 WORLD = Path(__file__).parent.parent / "experiments" / "world"
 
@@ -34,19 +34,6 @@ class Rows:
 def model_dir(name_or_path: str) -> Path:
     """The directory of a model: `world` is the built-in one, anything else a directory or a hub name."""
     return WORLD / "model" if name_or_path == "world" else resolve_model_dir(name_or_path)
-
-
-def choose_device(device: str) -> torch.device:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: this PyTorch sees no CUDA device; pass device=cpu or auto")
-    index = device.partition(":")[2]
-    if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
-        raise ValueError(f"device={device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(cfg: DictConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else torch.float32
 
 
 def build_template(cfg: DictConfig) -> ChatTemplate:
@@ -98,7 +85,7 @@ def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example]
 
 def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     """The policy with its trainables: a LoRA adapter (fresh or continued), or every weight."""
-    dtype = compute_dtype(cfg)
+    dtype = choose_dtype(cfg.bf16, cfg.fp16)
     full = cfg.finetuning_type == "full"
     # Trained weights are float32 masters, cast where they are used: an update of 5e-7 would be lost in bfloat16.
     policy = load_model(
@@ -130,7 +117,7 @@ def build_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, st
 
 def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     """The policy of an evaluation: a model, with an adapter where one is named; nothing to train."""
-    policy = load_model(model_dir(cfg.model_name_or_path), dtype=compute_dtype(cfg), device=device)
+    policy = load_model(model_dir(cfg.model_name_or_path), dtype=choose_dtype(cfg.bf16, cfg.fp16), device=device)
     if cfg.adapter_name_or_path:
         load_adapter(policy, Path(cfg.adapter_name_or_path), dropout=0.0)
     return policy.requires_grad_(False)
@@ -151,7 +138,7 @@ def _is_another_model(cfg: DictConfig) -> bool:
 
 def _frozen_copy(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
     name = cfg.ref_model or cfg.model_name_or_path
-    model = load_model(model_dir(name), dtype=compute_dtype(cfg), device=policy.device)
+    model = load_model(model_dir(name), dtype=choose_dtype(cfg.bf16, cfg.fp16), device=policy.device)
     if cfg.ref_model_adapters:
         load_adapter(model, Path(cfg.ref_model_adapters), dropout=0.0)
     return frozen_reference(model), " with adapter ".join(

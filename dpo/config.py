@@ -7,20 +7,23 @@ Everything a user can get wrong is a ValueError of one sentence: what was given,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dpo.losses import PREF_LOSSES
 from dpo.optim import SCHEDULES
+from dpo.run import saved_keys
 from models.template import TEMPLATES
 
 
 @dataclass
 class TrainConfig:
     """Every key of train.py; see conf/config.yaml for what each means."""
+
+    NOT_THE_WORLDS: ClassVar = {"model_name_or_path", "dataset", "model", "data"}
 
     model_name_or_path: str = MISSING
     adapter_name_or_path: str | None = MISSING
@@ -75,6 +78,8 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     """Every key of eval.py; those it shares with train.py mean the same. See conf/eval.yaml."""
+
+    STANDS_FOR: ClassVar = {"run": lambda run: saved_keys(run, wanted=[f.name for f in fields(EvalConfig)])}
 
     task: str = MISSING
     run: str | None = MISSING

@@ -13,7 +13,7 @@ results.json                 overrides and final metrics; a sweep collects them 
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo.data import Example
 from dpo.metrics import to_json
+from models.command import read_config_file
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.weights import WEIGHTS
 
@@ -153,3 +154,24 @@ def collect_sweep(sweep_dir: Path, last_job: int) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return target
+
+
+def saved_keys(run: str, wanted: Collection[str]) -> dict[str, Any]:
+    """What an evaluation takes from a saved run: the wanted keys, its result as policy, its start as reference."""
+    path = Path(run)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"run={run}: holds no config.yaml; name the directory of a finished run")
+    saved = read_config_file(path / CONFIG)
+    # max_samples was of the training rows; a held-out file is evaluated whole.
+    keys = {k: v for k, v in saved.items() if k in wanted and k != "max_samples" and v is not None}
+    if (path / HELD_OUT).is_file():
+        keys["eval_dataset"] = str(path / HELD_OUT)
+    if (path / ADAPTER_CONFIG).is_file():
+        started_from = saved.get("adapter_name_or_path")
+        # A continued adapter was its own reference, unless another was named.
+        if started_from and not saved.get("ref_model") and not saved.get("ref_model_adapters"):
+            keys["ref_model_adapters"] = started_from
+        return keys | {"adapter_name_or_path": run}
+    if (path / WEIGHTS).is_file():
+        return keys | {"model_name_or_path": run, "ref_model": saved.get("ref_model") or saved["model_name_or_path"]}
+    raise ValueError(f"run={run}: holds neither adapter_config.json nor model.safetensors; has the run finished?")

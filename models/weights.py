@@ -48,6 +48,19 @@ def resolve_model_dir(name_or_path: str) -> Path:
         ) from None
 
 
+def choose_device(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: this PyTorch sees no CUDA device; pass device=cpu or auto")
+    index = device.partition(":")[2]
+    if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise ValueError(f"device={device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(bf16: bool, fp16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
 def load_model(
     model_dir: Path, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False
 ) -> Transformer:

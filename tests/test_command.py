@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
-from dpo.command import ANY, WITHOUT_EFFECT, _quote, expand_arguments, one_line_errors, prepare_command_line
 from dpo.config import EvalConfig, TrainConfig, check
+from models.command import ANY, WITHOUT_EFFECT, _quote, expand_arguments, one_line_errors, prepare_command_line
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 
 import eval as eval_entry
 import train as train_entry
-from dpo.command import expand_arguments
 from dpo.config import EvalConfig, TrainConfig
+from models.command import expand_arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

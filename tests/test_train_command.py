@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dpo.command import expand_arguments
 from dpo.config import TrainConfig
+from models.command import expand_arguments
 from train import train
 
 ROOT = Path(__file__).parent.parent

@@ -22,8 +22,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo.config import EvalConfig, TrainConfig
-
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "loss", "data", "experiment")
 FLAGS_WITH_VALUE = (
@@ -79,12 +77,15 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
     """(arguments for Hydra, notes for the user) from a command line.
 
     config_file=PATH is replaced by its keys, standing first; keys without effect are dropped with a note; every other
-    key and value is checked against the schema, so that a mistake is one line and not Hydra's several.
+    key and value is checked against the schema, so that a mistake is one line and not Hydra's several. A schema may
+    have two class variables beside its keys: STANDS_FOR, functions from a key's value to the keys that it stands for,
+    and NOT_THE_WORLDS, keys that a run on the built-in world does not name.
     """
     flags, typed = _split_flags(argv)
     sweeping = bool({"-m", "--multirun"} & set(flags))
     ineffective: list[str] = []
-    from_run: list[str] = []
+    stand_ins = getattr(schema, "STANDS_FOR", {})
+    stood_for: list[str] = []
     from_files: list[str] = []
     arguments: list[str] = []
     for argument in typed:
@@ -98,7 +99,7 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
         elif "=" not in argument:
             raise ValueError(f"{argument}: expected key=value")
         elif key == "config_file":
-            for name, value in _read_config_file(Path(text)).items():
+            for name, value in read_config_file(Path(text)).items():
                 if not _without_effect(name, value, ineffective):
                     _check_key(name, value, schema)
                     from_files.append(f"{name}={_quote(value)}")
@@ -108,22 +109,22 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
         elif key in WITHOUT_EFFECT:
             _without_effect(key, next(_override_values(argument)), ineffective)
         else:
-            if key == "run" and schema is EvalConfig:
-                from_run = [f"{k}={_quote(v)}" for k, v in _run_keys(text).items()]
+            if key in stand_ins:
+                stood_for += [f"{k}={_quote(v)}" for k, v in stand_ins[key](text).items()]
             # Outside a multirun a comma in a text (lora_target=q_proj,v_proj) is a comma and no sweep.
             if not sweeping and "," in text and _is_text(key, schema) and text[0] not in "'\"[{":
                 argument = f"{key}={_quote(text)}"
             for value in _override_values(argument):
                 _check_key(key, value, schema)
             arguments.append(argument)
-    expanded = from_run + from_files + arguments
+    expanded = stood_for + from_files + arguments
     named = {a.lstrip("~").partition("=")[0] for a in expanded}
     notes = [f"without effect here, and left out: {', '.join(ineffective)}"] if ineffective else []
     notes += _groups_that_lose(arguments, from_files)
     # The default experiment's tuned values (its learning rate above all) belong to the built-in world. A run on
     # another model or data must not inherit them in silence.
-    own = sorted(named & {"model_name_or_path", "dataset", "model", "data"})
-    if schema is TrainConfig and own and "experiment" not in named:
+    own = sorted(named & getattr(schema, "NOT_THE_WORLDS", set()))
+    if own and "experiment" not in named:
         expanded.append("~experiment")
         notes.append(f"{own[0]} is given: the built-in world's settings (experiment=world) are not used")
     return flags + expanded, notes
@@ -150,7 +151,7 @@ def _groups_that_lose(arguments: list[str], from_files: list[str]) -> Iterator[s
             yield f"config_file stands above {argument}, and sets {', '.join(both)} too; its values are used"
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config_file={path}: no such file")
     try:
@@ -161,28 +162,6 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"config_file={path}: expected keys and values at the root")
     return {str(key): value for key, value in content.items()}
-
-
-def _run_keys(run: str) -> dict[str, Any]:
-    """What an evaluation takes from a saved run: its shared keys, its result as policy, its start as reference."""
-    path = Path(run)
-    if not (path / "config.yaml").is_file():
-        raise ValueError(f"run={run}: holds no config.yaml; name the directory of a finished run")
-    saved = _read_config_file(path / "config.yaml")
-    known = {f.name for f in fields(EvalConfig)}
-    # max_samples was of the training rows; a held-out file is evaluated whole.
-    keys = {k: v for k, v in saved.items() if k in known - {"max_samples"} and v is not None}
-    if (path / "held_out.jsonl").is_file():
-        keys["eval_dataset"] = str(path / "held_out.jsonl")
-    if (path / "adapter_config.json").is_file():
-        started_from = saved.get("adapter_name_or_path")
-        # A continued adapter was its own reference, unless another was named.
-        if started_from and not saved.get("ref_model") and not saved.get("ref_model_adapters"):
-            keys["ref_model_adapters"] = started_from
-        return keys | {"adapter_name_or_path": run}
-    if (path / "model.safetensors").is_file():
-        return keys | {"model_name_or_path": run, "ref_model": saved.get("ref_model") or saved["model_name_or_path"]}
-    raise ValueError(f"run={run}: holds neither adapter_config.json nor model.safetensors; has the run finished?")
 
 
 def _without_effect(key: str, value: Any, ineffective: list[str]) -> bool:
