@@ -1,8 +1,9 @@
 """Softmax attention over a packed stream: softmax(q k^T / sqrt(E)) v, each token over what it may see.
 
 `attention` computes it row by row with PyTorch's fused kernel on CPU and CUDA; `dense_attention` is its obvious twin
-over a (T, T) visibility matrix, the oracle of the tests. Grouped-query attention: H query heads share K key-value
-heads (Ainslie et al. 2023, arXiv:2305.13245).
+over a (T, T) visibility matrix, the oracle of the tests. Grouped-query attention: H query heads share G key-value
+heads (Ainslie et al. 2023, arXiv:2305.13245). With a sliding window a token sees itself and the window - 1 positions
+before it (Mistral: Jiang et al. 2023, arXiv:2310.06825).
 
 Shapes: T tokens, H query heads, G key-value heads, E head dim, N rows, Q queries, K keys of a row.
 """
@@ -11,22 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.stream import Stream
+from models.stream import AttentionRows, Stream
 
 
-def attention(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, stream: Stream) -> Tensor:
-    """(T, H, E): every token's attention over its trunk and its own branch."""
+def attention(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, stream: Stream, window: int | None) -> Tensor:
+    """(T, H, E): every token's attention over its trunk and its own branch; window: at most so many tokens back."""
     outputs = []
     for rows in stream.rows:
         q_NHQE, k_NGKE, v_NGKE = (
             _gather(x, index) for x, index in ((q_THE, rows.query_NQ), (k_TGE, rows.key_NK), (v_TGE, rows.key_NK))
         )
-        mask = None if rows.mask_NQK is None else rows.mask_NQK[:, None]
+        mask_NQK = rows.mask_NQK
+        if window is not None and rows.key_NK.shape[1] > window:
+            mask_NQK = _within(window, rows, stream.positions_T)
         out_NHQE = F.scaled_dot_product_attention(
-            q_NHQE, k_NGKE, v_NGKE, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            q_NHQE, k_NGKE, v_NGKE, attn_mask=None if mask_NQK is None else mask_NQK[:, None],
+            is_causal=mask_NQK is None, enable_gqa=True,
+        )  # fmt: skip
         outputs.append(out_NHQE.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, stream.slot_T)
+
+
+def _within(window: int, rows: AttentionRows, positions_T: Tensor) -> Tensor:
+    """(N, Q, K): the rows' mask without the keys that lie `window` positions or more behind the query."""
+    near_NQK = positions_T[rows.query_NQ][:, :, None] - positions_T[rows.key_NK][:, None] < window
+    causal_NQK = torch.ones_like(near_NQK).tril() if rows.mask_NQK is None else rows.mask_NQK
+    return near_NQK & causal_NQK
 
 
 def _gather(x_THE: Tensor, index_NK: Tensor) -> Tensor:

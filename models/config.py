@@ -1,11 +1,11 @@
 """ModelConfig: the shape of a Llama or Qwen transformer, read from a Hugging Face config.json.
 
-What differs between the families is data in FAMILIES, not classes: which projections carry a bias and whether queries
-and keys are normalised per head. Both config styles are read: `rope_theta` or `rope_parameters`, `torch_dtype` or
-`dtype` (weights are converted to the run's dtype, so the stored one is not needed).
+What differs between the families is data in FAMILIES, not classes. Both config styles are read: `rope_theta` or
+`rope_parameters`, `torch_dtype` or `dtype` (weights are converted to the run's dtype, so the stored one is not needed).
 
-Left out: sliding-window layers, mixtures of experts and the rope scalings other than `default`, `linear` and `llama3`;
-a config that asks for one of them is refused, because ignoring it would compute something else without a word.
+A config that asks for something else is refused by key and value, because ignoring it would compute something else
+without a word: dynamic rope (it would make a result depend on the batch it was computed in), vision and audio towers,
+linear-attention layers, quantised weights, attention dropout.
 """
 
 import json
@@ -14,18 +14,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# model_type: (q/k/v bias, q/k norm) where config.json does not say. Sources: the families' modelling code and configs.
-FAMILIES: dict[str, tuple[bool, bool]] = {
-    "llama": (False, False),
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (False, True),
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type adds to the one transformer, and which switches of its config.json are read."""
+
+    qkv_bias: bool = False
+    """q, k and v always have a bias."""
+    qk_norm: bool = False
+    """queries and keys are normalised per head."""
+    bias_keys: tuple[str, ...] = ()
+    """attention_bias: a bias on q, k, v and o; mlp_bias: on the three of the MLP."""
+    window: str | None = None
+    """where sliding_window holds: `all` layers, or `late`, those from max_window_layers on."""
+    window_switch: str | None = None
+    """the key that turns sliding_window on; None: it is on where it is a number."""
+    experts: bool = False
+    """the MLP may be a mixture of experts."""
+
+
+# Sources: the families' released configs and modelling code.
+FAMILIES = {
+    "llama": Family(bias_keys=("attention_bias", "mlp_bias")),
+    "mistral": Family(window="all"),
+    "qwen2": Family(qkv_bias=True, window="late", window_switch="use_sliding_window"),
+    "qwen3": Family(
+        qk_norm=True, bias_keys=("attention_bias",), window="late", window_switch="use_sliding_window"
+    ),
+    "qwen3_moe": Family(
+        qk_norm=True, bias_keys=("attention_bias",), window="all", window_switch="use_sliding_window", experts=True
+    ),
+}  # fmt: skip
+# rope_type: the numbers that it needs, and those with a value where the config is silent (None: see models.rope).
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], dict[str, float | None]]] = {
+    "default": ((), {}),
+    "linear": (("factor",), {}),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), {}),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None},
+    ),
 }
-# rope_type: the numbers that it reads.
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+# Keys that change what a model computes, with the values at which they change nothing.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "quantization_config": (None,),
+    "vision_config": (None,),
+    "audio_config": (None,),
+    "use_mrope": (False, None),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
 }
 
 
@@ -51,6 +89,15 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    windows: tuple[int | None, ...]
+    """of every layer: how many tokens, its own included, a token sees; None: all before it."""
+    num_experts: int
+    """0: no layer has experts."""
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    expert_layers: frozenset[int]
+    """layers whose MLP is a mixture of experts."""
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -79,7 +126,11 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: unknown architecture; expected one of {', '.join(FAMILIES)}")
-    _refuse_what_is_not_computed(raw, model_type)
+    family = FAMILIES[model_type]
+    for key, values in ONLY.items():
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{key}={raw[key]!r}: not computed here; only {values[0]!r} is")
+    layers = _integer(raw, "num_hidden_layers")
     heads = _integer(raw, "num_attention_heads")
     # Where the key is missing, transformers takes heads for Llama, and a number of its own for the other families.
     may_be_missing = model_type == "llama" or "num_key_value_heads" in raw
@@ -90,16 +141,15 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     head_dim = _integer(raw, "head_dim", default=None if model_type == "qwen3" else max(1, hidden_size // heads))
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: must be even, rotary embedding turns pairs")
-    qkv_bias, qk_norm = FAMILIES[model_type]
-    # Qwen2 always has the q/k/v bias; Llama's and Qwen3's attention_bias puts one on all four projections.
-    attention_bias = model_type in ("llama", "qwen3") and bool(raw.get("attention_bias", False))
+    attention_bias, mlp_bias = (key in family.bias_keys and _switch(raw, key) for key in ("attention_bias", "mlp_bias"))
     theta, scaling = _rope(raw)
+    experts, per_token, expert_size, expert_layers = _experts(raw, layers) if family.experts else (0, 0, 0, frozenset())
     return ModelConfig(
         model_type=model_type,
         vocab_size=_integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
-        num_hidden_layers=_integer(raw, "num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -107,25 +157,60 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias or attention_bias,
+        tie_word_embeddings=_switch(raw, "tie_word_embeddings"),
+        qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
-        qk_norm=qk_norm,
+        mlp_bias=mlp_bias,
+        qk_norm=family.qk_norm,
+        windows=_windows(raw, family, layers),
+        num_experts=experts,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=expert_size,
+        norm_topk_prob=_switch(raw, "norm_topk_prob"),
+        expert_layers=expert_layers,
     )
 
 
-def _refuse_what_is_not_computed(raw: dict[str, Any], model_type: str) -> None:
-    if raw.get("quantization_config"):
-        raise ValueError("quantization_config: quantised weights are not read; use the unquantised checkpoint")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={raw['hidden_act']!r}: the MLP computes silu only")
-    # Qwen's configs carry a sliding_window that use_sliding_window switches on; Mistral's is on where it is a number.
-    if model_type == "mistral" and "sliding_window" not in raw:
-        raise ValueError("sliding_window: missing, which means 4096 to a Mistral; write null for full attention")
-    window = raw.get("sliding_window")
-    if window is not None and (model_type == "mistral" or raw.get("use_sliding_window", False)):
-        raise ValueError(f"sliding_window={window}: sliding-window attention is not computed")
+def _windows(raw: dict[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of every layer."""
+    kinds = raw.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"layer_types={kinds!r}: expected a list")
+    if kinds is not None:
+        strange = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+        if strange or len(kinds) != layers:
+            given = f"with {strange[0]!r}" if strange else f"of {len(kinds)} layers, num_hidden_layers={layers}"
+            raise ValueError(f"layer_types {given}: expected full_attention or sliding_attention for every layer")
+    if family.window is None or (family.window_switch and not _switch(raw, family.window_switch)):
+        if kinds is not None and "sliding_attention" in kinds:
+            raise ValueError("layer_types with 'sliding_attention': the config does not turn sliding_window on")
+        return (None,) * layers
+    if "sliding_window" not in raw:
+        raise ValueError("sliding_window: missing, which means 4096 to transformers; write null for full attention")
+    if raw["sliding_window"] is None:
+        return (None,) * layers
+    window = _integer(raw, "sliding_window")
+    if family.window == "all":
+        return (window,) * layers
+    if kinds is None:
+        first = _integer(raw, "max_window_layers", default=28, least=0)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _experts(raw: dict[str, Any], layers: int) -> tuple[int, int, int, frozenset[int]]:
+    """(experts, experts per token, their width, the layers that have them)."""
+    # transformers 5 writes num_local_experts.
+    experts = _integer(raw, "num_experts", default=raw.get("num_local_experts"))
+    per_token = _integer(raw, "num_experts_per_tok")
+    if per_token > experts:
+        raise ValueError(f"num_experts_per_tok={per_token}: there are only num_experts={experts}")
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"mlp_only_layers={dense!r}: expected a list of layers")
+    step = _integer(raw, "decoder_sparse_step", default=1)
+    sparse = frozenset(range(step - 1, layers, step)) - frozenset(dense)
+    return experts, per_token, _integer(raw, "moe_intermediate_size"), sparse
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -140,16 +225,30 @@ def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"rope_type={kind!r}: this project computes {', '.join(ROPE_TYPES)}")
+    for name, only in {"partial_rotary_factor": 1, "truncate": True}.items():
+        if given.get(name, only) != only:
+            raise ValueError(f"{name}={given[name]!r}: not computed here; only {only!r} is")
     theta = _positive(given if "rope_theta" in given else raw, "rope_theta", default=10000.0)
-    return theta, {"rope_type": kind} | {name: _positive(given, name) for name in ROPE_TYPES[kind]}
+    needed, optional = ROPE_TYPES[kind]
+    silent = {name: value for name, value in optional.items() if given.get(name) is None}
+    return theta, {"rope_type": kind, **silent} | {
+        name: _positive(given, name) for name in (*needed, *optional) if name not in silent
+    }
 
 
-def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+def _integer(raw: dict[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
     value = raw.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{key}={value!r}: expected a positive whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key}={value!r}: expected a whole number, at least {least}")
+    return value
+
+
+def _switch(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: expected true or false")
     return value
 
 

@@ -2,12 +2,16 @@
 
     h <- E[input_ids];  per block: h <- h + Attention(RMSNorm(h));  h <- h + SwiGLU(RMSNorm(h));  hidden = RMSNorm(h)
 
-The model returns hidden states, never logits: what the head is needed for (a few response positions, one next token)
-its callers know better. Norms compute in float32 at least, as the checkpoints were trained. `dtype` is the dtype of
-the computation; a weight kept in a wider one (a trained float32 master) is cast where it is used.
+A block's SwiGLU may be a mixture of experts. The model returns hidden states, never logits: what the head is needed for
+(a few response positions, one next token) its callers know better. Norms compute in float32 at least, as checkpoints
+were trained. `dtype` is the dtype of the computation; a weight kept in a wider one (a trained float32 master) is cast
+where it is used.
 
-Shapes: T tokens, D width, H query heads, G key-value heads, E head dim, V vocabulary.
+Shapes: T tokens, D width, H query heads, G key-value heads, E head dim, V vocabulary, X experts, K experts per token.
 """
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,9 @@ from models.attention import attention
 from models.config import ModelConfig
 from models.rope import rotary, rotate
 from models.stream import Stream
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q_THE, k_TGE, v_TGE) -> (T, H, E): what the tokens of one layer make of each other."""
 
 
 class Linear(nn.Module):
@@ -69,39 +76,78 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: Attend) -> Tensor:
         q_THE, k_TGE, v_TGE = (
             rearrange(projection(x_TD), "t (h e) -> t h e", e=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
-        out_THE = attention(rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE, stream)
+        out_THE = attend(rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE)
         return self.o_proj(rearrange(out_THE, "t h e -> t (h e)"))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
-class Block(nn.Module):
+class Router(nn.Module):
+    """The K experts that each token goes to and their weights: the largest of softmax(x W^T), in float32 at least."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.per_token, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TX = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        p_TK, expert_TK = logits_TX.softmax(-1, dtype=wide).topk(self.per_token)
+        if self.normalise:
+            p_TK = p_TK / p_TK.sum(-1, keepdim=True)
+        return p_TK.to(x_TD.dtype), expert_TK
+
+
+class MixtureOfExperts(nn.Module):
+    """sum over a token's K experts of p_e SwiGLU_e(x) (Qwen3, arXiv:2505.09388, Sec. 2); no token is dropped."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        size = config.moe_intermediate_size
+        self.experts = nn.ModuleList(MLP(config.hidden_size, size, False) for _ in range(config.num_experts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        p_TK, expert_TK = self.gate(x_TD)
+        out_TD = torch.zeros_like(x_TD)
+        for expert in expert_TK.unique().tolist():
+            token, choice = (expert_TK == expert).nonzero(as_tuple=True)
+            out_TD = out_TD.index_add(0, token, self.experts[expert](x_TD[token]) * p_TK[token, choice, None])
+        return out_TD
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = (
+            MixtureOfExperts(config)
+            if layer in config.expert_layers
+            else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, stream: Stream) -> Tensor:
-        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), cos_TE, sin_TE, stream)
+    def forward(self, h_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: Attend) -> Tensor:
+        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), cos_TE, sin_TE, attend)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
 
@@ -111,7 +157,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -138,11 +184,18 @@ class Transformer(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """(T, D) final hidden states; logits are hidden_TD @ head_weight_VD.T."""
-        h_TD = self.model.embed_tokens(stream.input_ids_T).to(self.dtype)
-        cos_TE, sin_TE = rotary(stream.positions_T, self.config, self.dtype)
-        for block in self.model.layers:
+        return self.run(
+            stream.input_ids_T, stream.positions_T,
+            [partial(attention, stream=stream, window=window) for window in self.config.windows],
+        )  # fmt: skip
+
+    def run(self, input_ids_T: Tensor, positions_T: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """(T, D) final hidden states of tokens that see each other, and maybe a cache, through each layer's attend."""
+        h_TD = self.model.embed_tokens(input_ids_T).to(self.dtype)
+        cos_TE, sin_TE = rotary(positions_T, self.config, self.dtype)
+        for block, attend in zip(self.model.layers, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h_TD = checkpoint(block, h_TD, cos_TE, sin_TE, stream, use_reentrant=False)
+                h_TD = checkpoint(block, h_TD, cos_TE, sin_TE, attend, use_reentrant=False)
             else:
-                h_TD = block(h_TD, cos_TE, sin_TE, stream)
+                h_TD = block(h_TD, cos_TE, sin_TE, attend)
         return self.model.norm(h_TD)

@@ -57,6 +57,24 @@ def test_log_probabilities_of_real_rows_equal_transformers_on_stories260k(real, 
     assert_logps_equal(directory, encoded_rows(real, directory, "plain", "polite_impolite.json", 8, 400))
 
 
+@torch.no_grad()
+def test_the_loss_on_tinystories_equals_transformers_on_the_same_windows(real):
+    """Mean nats per token over 40 windows of 512 tokens, packed here, a batch of rows there; and a sane one."""
+    from transformers import AutoModelForCausalLM
+
+    directory = real / "models" / "stories260K" / "hf"
+    text = (real / "text" / "tinystories_val.txt").read_text(encoding="utf-8")
+    (ids,) = Tokenizer(directory).encode([text[:60_000]])
+    windows = [ids[i : i + 512] for i in range(0, 40 * 512, 512)]
+    model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
+    loss = -token_logps(model, pack([w[:1] for w in windows], [[w[1:]] for w in windows])).mean().item()
+    batch = torch.tensor(windows)
+    theirs = AutoModelForCausalLM.from_pretrained(directory)(batch, labels=batch).loss.item()
+    print(f"loss on TinyStories: {loss:.6f} here, {theirs:.6f} in transformers")
+    assert loss == pytest.approx(theirs, abs=1e-5)
+    assert 1 < loss < 2
+
+
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
 def test_log_probabilities_of_real_rows_equal_transformers_on_a_random_qwen(real, tmp_path, family):
     import transformers

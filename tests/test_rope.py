@@ -27,7 +27,15 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 512,
     },
-}
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    "yarn-with-mscale": {
+        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 128, "beta_fast": 8.0, "beta_slow": 2.0,
+        "mscale": 1.5, "mscale_all_dim": 0.5,
+    },
+    "yarn-with-attention-factor": {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 1.3,
+    },
+}  # fmt: skip
 
 
 def raw_config(scaling: dict, theta: float = 10000.0) -> dict:
@@ -44,9 +52,11 @@ def config_of(name: str, theta: float = 10000.0) -> ModelConfig:
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_equal_transformers(name, theta):
-    """To 1e-6 of each: transformers computes them in float32, whose rounding is 6e-8, in a handful of steps."""
+    """In float32 the unscaled ones to the bit, for a bit turns a far position; blends to a few roundings of 6e-8."""
     theirs = LlamaRotaryEmbedding(LlamaConfig(**raw_config(SCALINGS[name], theta))).inv_freq
-    torch.testing.assert_close(frequencies(config_of(name, theta)), theirs.double(), rtol=1e-6, atol=0)
+    ours = frequencies(config_of(name, theta), torch.float32)
+    torch.testing.assert_close(ours, theirs, rtol=0 if name in ("default", "linear") else 4e-7, atol=0)
+    torch.testing.assert_close(frequencies(config_of(name, theta), torch.float64), theirs.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -60,17 +70,30 @@ def test_cos_and_sin_equal_transformers(name):
 
 def test_frequencies_by_hand():
     """theta^(-2i/E): 1 for the first pair, 10000^(-20/22) for the last; linear divides all of them by its factor."""
-    f = frequencies(config_of("default"))
+    f = frequencies(config_of("default"), torch.float64)
     assert f.shape == (HEAD_DIM // 2,)
     assert f.dtype == torch.float64
     assert f[0] == 1
     assert f[-1].item() == pytest.approx(10000 ** (-20 / 22), rel=1e-14)
-    assert torch.equal(frequencies(config_of("linear")), f / 3)
+    assert torch.equal(frequencies(config_of("linear"), torch.float64), f / 3)
+
+
+def test_yarn_by_hand():
+    """Of 512 positions, component 11 ln(512 / 2 pi n) / ln 10000 makes n turns: 1.1 for 32 and 5.3 for 1.
+
+    So components 0 and 1 are kept, 6 and later divided by 4, and 2 to 5 lie fifths of the way between. Attention is
+    sharpened by 0.1 ln 4 + 1 on either side.
+    """
+    f, scaled = frequencies(config_of("default"), torch.float64), frequencies(config_of("yarn"), torch.float64)
+    kept = torch.tensor([1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(scaled, kept * f + (1 - kept) * f / 4, rtol=1e-14, atol=0)
+    cos_TE, sin_TE = rotary(torch.tensor([77]), config_of("yarn"), torch.float64)
+    assert (cos_TE**2 + sin_TE**2).sqrt()[0].tolist() == pytest.approx([0.1 * math.log(4) + 1] * HEAD_DIM)
 
 
 def test_llama3_keeps_fast_frequencies_divides_slow_ones_and_blends_between():
     """512 positions make 512 f / 2 pi turns: four or more are kept, one or fewer divided by 8, the rest lie between."""
-    f, scaled = frequencies(config_of("default")), frequencies(config_of("llama3"))
+    f, scaled = frequencies(config_of("default"), torch.float64), frequencies(config_of("llama3"), torch.float64)
     turns = 512 * f / (2 * math.pi)
     fast, slow = turns >= 4, turns <= 1
     between = ~fast & ~slow
@@ -103,7 +126,7 @@ def test_rotation_multiplies_each_half_pair_as_a_complex_number():
     """x_i + i x_{i + E/2} is turned by exp(i t f_i); position 0 turns nothing."""
     positions_T = torch.tensor([0, 2, 41])
     x_THE = torch.randn(3, 5, HEAD_DIM, dtype=torch.float64)
-    f = frequencies(config_of("llama3"))
+    f = frequencies(config_of("llama3"), torch.float64)
     angles_TF = torch.outer(positions_T.double(), f)
     first, second = x_THE.chunk(2, -1)
     turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles_TF), angles_TF)[:, None]
@@ -124,7 +147,7 @@ def test_bfloat16_rounds_the_cosine_and_not_the_angle():
 def test_float64_stays_float64_throughout():
     """cos and sin of float64 angles miss float32's by more than float64's rounding, and equal math.cos."""
     positions_T = torch.tensor([523])
-    f = frequencies(config_of("default"))
+    f = frequencies(config_of("default"), torch.float64)
     cos_TE, sin_TE = rotary(positions_T, config_of("default"), torch.float64)
     expected = [(math.cos(523 * x), math.sin(523 * x)) for x in f.tolist()]
     torch.testing.assert_close(cos_TE[0, : len(f)].tolist(), [c for c, _ in expected], rtol=0, atol=1e-12)

@@ -38,10 +38,10 @@ def owners(shape: Shape) -> list[tuple[int, int, int]]:
     return tokens
 
 
-def visible(shape: Shape) -> Tensor:
-    """(T, T): a token sees its trunk and its own branch up to itself; by definition, token by token."""
-    tokens = owners(shape)
-    return torch.tensor([[p == q and k in (-1, j) and u <= t for q, k, u in tokens] for p, j, t in tokens])
+def visible(shape: Shape, window: int | None = None) -> Tensor:
+    """(T, T): a token sees its trunk and its own branch up to itself and `window` back; by definition, one by one."""
+    tokens, back = owners(shape), window or len(owners(shape))
+    return torch.tensor([[p == q and k in (-1, j) and t - back < u <= t for q, k, u in tokens] for p, j, t in tokens])
 
 
 def random_qkv(tokens: int, seed: int = 0) -> list[Tensor]:
@@ -109,14 +109,19 @@ def test_a_stream_without_prompts_to_predict_from_is_refused(prompts, responses,
 
 
 @settings(deadline=None, max_examples=150)
-@given(shape=SHAPES, small_area=st.sampled_from([0, 30, SMALL_AREA]), seed=st.integers(0, 99))
-def test_attention_equals_its_dense_twin_in_value_and_gradient(shape, small_area, seed):
+@given(
+    shape=SHAPES,
+    window=st.sampled_from([None, 1, 2, 3, 6, 50]),
+    small_area=st.sampled_from([0, 30, SMALL_AREA]),
+    seed=st.integers(0, 99),
+)
+def test_attention_equals_its_dense_twin_in_value_and_gradient(shape, window, small_area, seed):
     """small_area 0 and 30 cut even these short rows into many batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.stream, "SMALL_AREA", small_area)
         stream = pack_shape(shape)
     fast, slow = ([x.clone().requires_grad_() for x in random_qkv(len(owners(shape)), seed)] for _ in range(2))
-    fast_THE, slow_THE = attention(*fast, stream), dense_attention(*slow, visible(shape))
+    fast_THE, slow_THE = attention(*fast, stream, window), dense_attention(*slow, visible(shape, window))
     torch.testing.assert_close(fast_THE, slow_THE, rtol=0, atol=1e-12)
     weight_THE = random_qkv(len(slow_THE), seed + 1)[0]
     (fast_THE * weight_THE).sum().backward()
@@ -128,9 +133,9 @@ def test_attention_equals_its_dense_twin_in_value_and_gradient(shape, small_area
 @pytest.mark.parametrize("branches", [0, 1, 2, 5])
 def test_attention_equals_its_dense_twin_for_each_number_of_branches(branches):
     shape = [(7, [4, 1, 0, 9, 3][:branches]), (1, [2, 2, 0, 0, 5][:branches]), (12, [0, 6, 1, 1, 2][:branches])]
-    q_THE, k_TGE, v_TGE = random_qkv(len(owners(shape)))
-    expected_THE = dense_attention(q_THE, k_TGE, v_TGE, visible(shape))
-    torch.testing.assert_close(attention(q_THE, k_TGE, v_TGE, pack_shape(shape)), expected_THE, rtol=0, atol=1e-12)
+    qkv = random_qkv(len(owners(shape)))
+    expected_THE = dense_attention(*qkv, visible(shape))
+    torch.testing.assert_close(attention(*qkv, pack_shape(shape), None), expected_THE, rtol=0, atol=1e-12)
 
 
 def test_dense_attention_by_hand():
@@ -149,10 +154,10 @@ def test_query_heads_share_key_heads_in_blocks():
     """Head h of 6 reads key-value head h // 2 of 3, as grouped-query checkpoints lay them out."""
     shape = [(3, [2, 4])]
     q_THE, k_TGE, v_TGE = random_qkv(9)
-    whole_THE = attention(q_THE, k_TGE, v_TGE, pack_shape(shape))
+    whole_THE = attention(q_THE, k_TGE, v_TGE, pack_shape(shape), None)
     for h in range(HEADS):
         g = h // 2
-        one_T1E = attention(q_THE[:, h : h + 1], k_TGE[:, g : g + 1], v_TGE[:, g : g + 1], pack_shape(shape))
+        one_T1E = attention(q_THE[:, h : h + 1], k_TGE[:, g : g + 1], v_TGE[:, g : g + 1], pack_shape(shape), None)
         torch.testing.assert_close(whole_THE[:, h : h + 1], one_T1E, rtol=0, atol=1e-12)
 
 
@@ -164,7 +169,7 @@ def test_a_branch_is_blind_to_its_siblings_and_to_other_prompts():
     branch = torch.tensor([(p, j) == (1, 1) for p, j, _ in tokens])
     stream, qkv, others = pack_shape(shape), random_qkv(len(tokens), 0), random_qkv(len(tokens), 1)
     mixed = [torch.where(own[:, None, None], x, 1e3 * y) for x, y in zip(qkv, others, strict=True)]
-    before_THE, after_THE = attention(*qkv, stream), attention(*mixed, stream)
+    before_THE, after_THE = attention(*qkv, stream, None), attention(*mixed, stream, None)
     assert torch.equal(before_THE[branch], after_THE[branch])
     assert not torch.isclose(before_THE[~own], after_THE[~own]).any()
 
@@ -173,11 +178,12 @@ def test_a_branch_sees_all_of_its_trunk_and_of_its_own_past():
     shape = [(3, [2, 4])]
     branch = range(5, 9)
     q_THE, k_TGE, v_TGE = random_qkv(9)
-    before_THE = attention(q_THE, k_TGE, v_TGE, pack_shape(shape))
+    before_THE = attention(q_THE, k_TGE, v_TGE, pack_shape(shape), None)
     for seen in (0, 1, 2, *branch):
         v_other_TGE = v_TGE.clone()
         v_other_TGE[seen] += 1
-        changed = ~torch.isclose(attention(q_THE, k_TGE, v_other_TGE, pack_shape(shape)), before_THE).all(-1).all(-1)
+        after_THE = attention(q_THE, k_TGE, v_other_TGE, pack_shape(shape), None)
+        changed = ~torch.isclose(after_THE, before_THE).all(-1).all(-1)
         assert [i for i in branch if changed[i]] == [i for i in branch if i >= seen]
 
 

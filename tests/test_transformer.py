@@ -3,6 +3,8 @@
 Shapes: T tokens, R response tokens, D width, V vocabulary.
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,11 +35,33 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
     "llama-one-key-head": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama-yarn-rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        },
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 3},
+    "qwen2-late-window": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+    },
+    "qwen3-listed-window": {
+        "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 2, "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True,
+        "moe_intermediate_size": 20,
+    },
+    "qwen3-moe-half-dense": {
+        "model_type": "qwen3_moe", "head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False,
+        "moe_intermediate_size": 20, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 3,
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 14, "tie_word_embeddings": True},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
-}
+}  # fmt: skip
 PROMPTS = [[5, 9, 2, 7, 36, 1], [3], [8, 8, 30, 4]]
 RESPONSES = [[[6, 2, 5], [11, 12, 13, 14, 15]], [[1, 1]], [[], [20, 21, 22], [7], [9, 35]]]
 
@@ -51,14 +75,24 @@ def pair(request, tmp_path_factory) -> Pair:
 
 
 def build(family: str, where: Path) -> Pair:
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | FAMILIES[family]))
+    return random_model(SIZES | FAMILIES[family], where), where
+
+
+def random_model(raw: dict, where: Path) -> PreTrainedModel:
+    """A random model of transformers, saved by its own save_pretrained."""
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**raw),
+        dtype=torch.float32,
+        experts_implementation="eager",  # their other one has no float64
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             # Large enough for attention to be sharp, and no bias at zero nor norm at one: those would hide mistakes.
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
+            std = min(0.3, 2 / parameter.shape[-1] ** 0.5)
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
     theirs.save_pretrained(where)
-    return theirs.eval(), where
+    return theirs.eval()
 
 
 def load(where: Path, dtype: torch.dtype = torch.float32, **options) -> Transformer:
@@ -192,6 +226,56 @@ def test_tied_models_have_one_embedding():
 
 
 # --- real weights ---
+
+
+def shrunk(raw: dict) -> dict:
+    """A real config with its family settings, two layers, few and narrow heads, and a window short enough to show."""
+    raw = dict(raw, num_hidden_layers=2, vocab_size=101, intermediate_size=80)
+    head_dim = raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+    share = raw["num_attention_heads"] // raw["num_key_value_heads"]
+    raw |= {"num_key_value_heads": 2, "num_attention_heads": 2 * share}
+    raw["hidden_size"] = 48 if "head_dim" in raw else 2 * share * head_dim
+    if raw.get("sliding_window"):
+        raw["sliding_window"] = 9
+    return raw | ({"num_experts": 8, "moe_intermediate_size": 24} if "num_experts" in raw else {})
+
+
+@torch.no_grad()
+def config_differences(raw: dict, where: Path) -> tuple[float, float]:
+    """Largest difference over largest logit of a random model, one unpacked row and the packed stream."""
+    theirs = random_model(raw, where)
+    ours = load(where)
+    scaling = ours.config.rope_scaling
+    # Half of the positions lie beyond the context that the checkpoint was trained on before its rope was scaled.
+    start = int(scaling.get("original_max_position_embeddings", 30)) - 30
+    row = [token * 7 % 101 for token in range(60)]
+    prompts = [row[:40], row[40:43]]
+    one, packed = pack([row], [[]]), pack(prompts, RESPONSES[:2])
+    differences = []
+    for stream, rows in (
+        (one, [(row, slice(None))]),
+        (packed, [(x + y, slice(len(x) - 1, -1)) for x, ys in zip(prompts, RESPONSES, strict=False) for y in ys]),
+    ):
+        logits_TV = logits_of(ours, replace(stream, positions_T=stream.positions_T + start))
+        ours_RV = logits_TV if stream is one else logits_TV[stream.predictor_R]
+        expected = [
+            theirs(torch.tensor([ids]), position_ids=torch.arange(start, start + len(ids))[None]).logits[0, part]
+            for ids, part in rows
+        ]
+        theirs_RV = torch.cat(expected)
+        differences.append(((ours_RV - theirs_RV).abs().max() / theirs_RV.abs().max()).item())
+    return differences[0], differences[1]
+
+
+@pytest.mark.real
+def test_every_real_config_shrunk_gives_the_logits_of_transformers(real, tmp_path):
+    """To 1e-5 of the largest. `pytest -s` prints the table."""
+    paths = sorted((real / "configs").glob("*.json"))
+    assert len(paths) >= 14
+    for path in paths:
+        one, packed = config_differences(shrunk(json.loads(path.read_text())), tmp_path / path.stem)
+        print(f"{path.stem:32s} one row {one:.1e}  packed {packed:.1e}")
+        assert max(one, packed) <= 1e-5, path.stem
 
 
 @pytest.mark.real
