@@ -101,8 +101,9 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
         # LLaMA-Factory's default where lora_alpha is not set: twice the rank.
         alpha = cfg.lora_alpha if cfg.lora_alpha is not None else 2 * cfg.lora_rank
         inject_lora(
-            policy, rank=cfg.lora_rank, alpha=alpha, dropout=cfg.lora_dropout, target=cfg.lora_target, seed=cfg.seed
-        )
+            policy, rank=cfg.lora_rank, alpha=alpha, use_rslora=cfg.use_rslora, dropout=cfg.lora_dropout,
+            target=cfg.lora_target, seed=cfg.seed,
+        )  # fmt: skip
     return policy
 
 

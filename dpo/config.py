@@ -34,6 +34,7 @@ class TrainConfig:
     lora_target: str = MISSING
     lora_rank: int = MISSING
     lora_alpha: float | None = MISSING
+    use_rslora: bool = MISSING
     lora_dropout: float = MISSING
     stage: str = MISSING
     do_train: bool = MISSING

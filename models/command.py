@@ -49,7 +49,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,
     "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
     "upcast_layernorm": ANY, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0, "packing": False, "deepspeed": None,
-    "quantization_bit": None, "additional_target": None, "use_rslora": False, "use_dora": False,
+    "quantization_bit": None, "additional_target": None, "use_dora": False,
 }  # fmt: skip
 
 

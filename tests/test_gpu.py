@@ -24,7 +24,7 @@ def test_log_probabilities_and_adapter_gradients_are_the_cpus(dtype):
     results = {}
     for device in ("cpu", "cuda"):
         model = load_model(WORLD / "model", dtype=dtype, device=torch.device(device))
-        layers = inject_lora(model, rank=4, alpha=8, dropout=0.0, target="all", seed=0)
+        layers = inject_lora(model, rank=4, alpha=8, dropout=0.0, use_rslora=False, target="all", seed=0)
         logps = sum_over_responses(token_logps(model, stream.to(model.device)), stream.lengths_B.to(device))
         logps.sum().backward()
         gradients = {name: layer.lora_B.grad.cpu() for name, layer in layers.items()}

@@ -33,7 +33,7 @@ def base_model() -> Transformer:
 def policy_with_adapter(dropout: float = 0.0) -> Transformer:
     """The base model with an adapter that has been trained: its B is not 0."""
     policy = base_model()
-    inject_lora(policy, rank=3, alpha=6.0, dropout=dropout, target="all", seed=0)
+    inject_lora(policy, rank=3, alpha=6.0, dropout=dropout, use_rslora=False, target="all", seed=0)
     for layer in lora_layers(policy).values():
         torch.nn.init.normal_(layer.lora_B, std=0.5)
     return policy

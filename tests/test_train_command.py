@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+from dpo.build import build_policy
 from dpo.config import TrainConfig
 from models.command import expand_arguments
+from models.lora import lora_layers
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -172,3 +175,12 @@ def test_a_run_with_val_size_keeps_its_held_out_pairs_for_its_evaluation(tmp_pat
     assert done.returncode == 0, done.stderr
     result, expected = json.loads((tmp_path / "out.json").read_text()), metrics(tmp_path)[-1]
     assert result["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-5) != 0
+
+
+def test_use_rslora_reaches_the_adapter():
+    """Rank 16 and alpha 32: 32 / 16 without, 32 / 4 with it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for option, scaling in (("false", 2), ("true", 8)):
+            cfg = compose("config", ["lora_rank=16", "lora_alpha=32", f"use_rslora={option}"])
+            policy = build_policy(cfg, torch.device("cpu"))
+            assert {layer.scaling for layer in lora_layers(policy).values()} == {scaling}
