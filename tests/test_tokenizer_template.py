@@ -1,6 +1,7 @@
 """Templates give transformers' ids with an exact boundary, and no text ever becomes a special token."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from experiments.world import build
@@ -325,6 +329,72 @@ def test_half_a_surrogate_pair_is_refused(world):
     """JSON can spell one (an escape of a cut string), and no tokenizer can encode it."""
     with pytest.raises(ValueError, match=r"\\ud83d"):
         ChatTemplate("chatml", world).encode(HI, ["cut emoji: \ud83d"])
+
+
+# --- decoding as ids arrive ---
+
+STREAMED = "Grass 🐄🌱, 👩\u200d👩\u200d👧 and 猫\ufffd naïve e\u0301.\n  שלום\t\ufffd\ufffd"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory) -> Tokenizer:
+    """Llama 2's kind: words begin with a space, rare characters are byte tokens, decoding drops the first space."""
+    vocab = ["<s>", "</s>", "▁", "a", "b", "▁a", "é", "\ufffd", *(f"<0x{byte:02X}>" for byte in range(256))]
+    rust = RustTokenizer(BPE(dict(zip(vocab, range(len(vocab)), strict=True)), [], byte_fallback=True))
+    rust.add_special_tokens(["<s>", "</s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(steps)
+    where = tmp_path_factory.mktemp("sentencepiece")
+    rust.save(str(where / "tokenizer.json"))
+    return Tokenizer(where)
+
+
+def assert_pieces_join_to_the_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    pieces = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert "" not in pieces
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_streamed_pieces_join_to_the_decoded_text_for_any_ids(world, sentencepiece, data):
+    """Broken characters, special tokens in the midst of one, and ids outside the vocabulary among them."""
+    tokenizer = data.draw(st.sampled_from([world, sentencepiece]))
+    any_id = st.integers(0, tokenizer.rust.get_vocab_size() + 2)
+    of_text = st.sampled_from(tokenizer.encode([STREAMED])[0])
+    special = st.sampled_from([*tokenizer.special_ids.values()])
+    assert_pieces_join_to_the_text(tokenizer, data.draw(st.lists(any_id | of_text | special, max_size=12)))
+
+
+@pytest.mark.parametrize("name", ["world", "sentencepiece"])
+def test_streamed_pieces_of_text_hold_whole_characters_wherever_the_stream_ends(request, name):
+    tokenizer = request.getfixturevalue(name)
+    text = STREAMED.replace("\ufffd", "")
+    (ids,) = tokenizer.encode([text])
+    assert not any("\ufffd" in piece for piece in tokenizer.decode_stream(ids))
+    for end in range(len(ids)):
+        assert_pieces_join_to_the_text(tokenizer, ids[:end])
+
+
+def test_a_piece_is_given_with_the_id_that_completes_it(world):
+    (ids,) = world.encode(["What does a cow eat?"])
+    arrived: list[int] = []
+    stream = world.decode_stream(i for i in ids if not arrived.append(i))
+    for n, piece in enumerate(stream, start=1):
+        assert (len(arrived), piece) == (n, world.decode([ids[n - 1]]))
+
+
+@pytest.mark.real
+def test_streamed_pieces_join_to_the_decoded_text_for_real_tokenizers(real, smollm2):
+    story = (real / "text" / "tinystories_val.txt").read_text(encoding="utf-8")[:500]
+    for where in (real / "tokenizers" / "qwen2.5", real / "models" / "stories260K" / "hf", smollm2):
+        tokenizer = Tokenizer(where)
+        (ids,) = tokenizer.encode([STREAMED + story + STREAMED])
+        for end in range(len(ids)):
+            assert_pieces_join_to_the_text(tokenizer, ids[:end])
+        rng = random.Random(0)
+        for _ in range(500):
+            assert_pieces_join_to_the_text(tokenizer, rng.choices(range(tokenizer.rust.get_vocab_size()), k=12))
 
 
 # --- the directory ---
