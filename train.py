@@ -23,6 +23,7 @@ from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write
 from dpo.trainer import Trainer
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
+from models.sampling import DRAWN
 from models.template import ChatTemplate
 from models.transformer import Transformer
 from models.weights import choose_device
@@ -134,10 +135,10 @@ class Report:
         # Draws, because the most likely response hides what the policy does most of the time; the same seed before and
         # after, so that what differs is the policy.
         answers = generate(
-            self.policy, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.template.stop_ids, temperature=1.0,
-            seeds=range(self.seed, self.seed + len(prompts)),
+            self.policy, prompts, samples=1, max_new_tokens=self.max_new_tokens, stop_ids=self.template.stop_ids,
+            sampling=DRAWN, seeds=range(self.seed, self.seed + len(prompts)), batch_size=8,
         )  # fmt: skip
-        return [self.template.tokenizer.decode(ids).strip() for ids in answers]
+        return [self.template.tokenizer.decode(answer.ids).strip() for answer in answers]
 
     def _world_score(self) -> world_reward.WorldScore | None:
         if not self.world_prompts:

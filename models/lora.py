@@ -46,7 +46,7 @@ class LoRALinear(Linear):
         self, base: Linear, rank: int, alpha: float, dropout: float, use_rslora: bool, generator: torch.Generator
     ):
         nn.Module.__init__(self)
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.packed = base.weight, base.bias, base.packed
         out_features, in_features = base.weight.shape
         # The range of PEFT's and loralib's kaiming_uniform_(a=sqrt(5)): +-1/sqrt(in).
         bound = 1 / math.sqrt(in_features)
@@ -59,8 +59,7 @@ class LoRALinear(Linear):
         self.substitute: tuple[Tensor, ...] | None = None
         """(A, B) to compute with instead of lora_A and lora_B; () for neither."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         adapter = (self.lora_A, self.lora_B) if self.substitute is None else self.substitute
         if not adapter:
             return y

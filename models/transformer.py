@@ -35,9 +35,24 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.packed: Callable[[Tensor], list[Tensor]] | None = None
+        """computes this layer, and those that read the same input, from a faster layout: see models.packed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return project(x, self)[0]
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """y = x W^T + b as it leaves the layer; an adapter adds to it."""
+        return y
+
+
+def project(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """The outputs of layers that read the same input."""
+    if layers[0].packed is not None:
+        ys = layers[0].packed(x)
+    else:
+        ys = [F.linear(x, w.weight.to(x.dtype), None if w.bias is None else w.bias.to(x.dtype)) for w in layers]
+    return [layer.adapt(x, y) for layer, y in zip(layers, ys, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -78,8 +93,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: Attend) -> Tensor:
         q_THE, k_TGE, v_TGE = (
-            rearrange(projection(x_TD), "t (h e) -> t h e", e=self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(y, "t (h e) -> t h e", e=self.head_dim)
+            for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj)
         )
         q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
         out_THE = attend(rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE)
@@ -96,7 +111,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate, up = project(x_TD, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Router(nn.Module):
@@ -169,6 +185,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.packed_head: Callable[[Tensor], list[Tensor]] | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -188,6 +205,12 @@ class Transformer(nn.Module):
             stream.input_ids_T, stream.positions_T,
             [partial(attention, stream=stream, window=window) for window in self.config.windows],
         )  # fmt: skip
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V) next-token logits of a few final hidden states."""
+        if self.packed_head is not None:
+            return self.packed_head(hidden_ND)[0]
+        return F.linear(hidden_ND, self.head_weight_VD.to(hidden_ND.dtype))
 
     def run(self, input_ids_T: Tensor, positions_T: Tensor, attends: Sequence[Attend]) -> Tensor:
         """(T, D) final hidden states of tokens that see each other, and maybe a cache, through each layer's attend."""

@@ -1,5 +1,6 @@
 """Greedy generation is transformers' own, token for token; sampling follows softmax; both end where told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from models.generate import generate
+from models.sampling import DRAWN, GREEDY
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -35,8 +37,13 @@ def pair(tmp_path_factory) -> tuple[Transformer, PreTrainedModel]:
     return load_model(where, dtype=torch.float64, device=torch.device("cpu")), theirs.double().eval()
 
 
+def ids_of(model: Transformer, prompts: list[list[int]], **options) -> list[list[int]]:
+    settings = {"samples": 1, "batch_size": len(prompts), "sampling": GREEDY, "seeds": [0] * len(prompts)}
+    return [completion.ids for completion in generate(model, prompts, **settings | options)]
+
+
 def generate_greedy(model: Transformer, prompts: list[list[int]], **options) -> list[list[int]]:
-    return generate(model, prompts, temperature=0, seeds=[0] * len(prompts), **options)
+    return ids_of(model, prompts, **options)
 
 
 def their_continuation(theirs: PreTrainedModel, prompt: list[int], **options) -> list[int]:
@@ -99,7 +106,8 @@ def test_a_draw_follows_softmax_of_the_logits_over_temperature(pair):
     ours, theirs = pair
     prompt, temperature, n = [5, 9, 2], 3.0, 2000
     p_V = (theirs(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-    draws = generate(ours, [prompt] * n, max_new_tokens=1, stop_ids={NEVER}, temperature=temperature, seeds=range(n))
+    hot = replace(DRAWN, temperature=temperature)
+    draws = ids_of(ours, [prompt] * n, max_new_tokens=1, stop_ids={NEVER}, sampling=hot, seeds=range(n))
     frequency_V = torch.tensor([token for (token,) in draws]).bincount(minlength=len(p_V)) / n
     assert ((frequency_V - p_V).abs() <= 4 * (p_V * (1 - p_V) / n).sqrt() + 1e-3).all()
     assert (p_V > 0.02).sum() > 3  # a distribution, not a point
@@ -107,12 +115,10 @@ def test_a_draw_follows_softmax_of_the_logits_over_temperature(pair):
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_batch(pair):
     ours, _ = pair
-    options = {"max_new_tokens": LENGTH, "stop_ids": {NEVER}, "temperature": 2.0}
-    together = generate(ours, PROMPTS, seeds=[4, 5, 6, 7], **options)
-    assert [
-        generate(ours, [p], seeds=[s], **options)[0] for p, s in zip(PROMPTS, [4, 5, 6, 7], strict=True)
-    ] == together
-    assert generate(ours, PROMPTS, seeds=[8, 9, 10, 11], **options) != together
+    options = {"max_new_tokens": LENGTH, "stop_ids": {NEVER}, "sampling": replace(DRAWN, temperature=2.0)}
+    together = ids_of(ours, PROMPTS, seeds=[4, 5, 6, 7], **options)
+    assert [ids_of(ours, [p], seeds=[s], **options)[0] for p, s in zip(PROMPTS, [4, 5, 6, 7], strict=True)] == together
+    assert ids_of(ours, PROMPTS, seeds=[8, 9, 10, 11], **options) != together
 
 
 @pytest.mark.real

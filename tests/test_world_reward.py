@@ -9,6 +9,7 @@ from dpo.build import WORLD
 from dpo.evals.world_reward import response_probabilities, score
 from experiments.world import world
 from models.generate import generate
+from models.sampling import GREEDY
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.weights import load_model
@@ -57,8 +58,11 @@ def test_the_committed_model_speaks_the_worlds_language(model, template):
     result = score(model, template, held_out[::12])
     assert 3.1 < result.expected_reward < 3.4 and result.mass_outside < 0.1
     prompt_ids, _ = template.encode([{"role": "user", "content": PROMPT}], [])
-    (answer,) = generate(model, [prompt_ids], max_new_tokens=60, stop_ids=template.stop_ids, temperature=0, seeds=[0])
-    assert template.tokenizer.decode(answer).strip() in world.responses(PROMPT)
+    (answer,) = generate(
+        model, [prompt_ids], samples=1, max_new_tokens=60, stop_ids=template.stop_ids, sampling=GREEDY, seeds=[0],
+        batch_size=1,
+    )  # fmt: skip
+    assert template.tokenizer.decode(answer.ids).strip() in world.responses(PROMPT)
 
 
 def test_the_committed_files_are_small():

@@ -1,0 +1,73 @@
+"""Sampling: from next-token logits to a token, greedy or drawn, with the usual ways to cut the tail off.
+
+    p = softmax(logits / temperature), cut by top-k, then top-p, then min-p, each on what the one before has left
+
+A draw is the inverse of the cumulative distribution at one uniform number, so a sample is a function of its logits and
+of its own numbers, whatever else is in the batch.
+
+Sources: top-k, Fan et al. 2018, arXiv:1805.04833; top-p, Holtzman et al. 2020, arXiv:1904.09751, Sec. 3.1; min-p,
+Nguyen et al. 2024, arXiv:2407.01082. Order and ties are transformers'.
+
+Shapes: N samples, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 takes the most likely token; top_k 0, top_p 1 and min_p 0 cut nothing."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    def __post_init__(self) -> None:
+        for name, rule, holds in (
+            ("temperature", "must not be negative", 0 <= self.temperature < float("inf")),
+            ("top_k", "must not be negative; 0 keeps every token", self.top_k >= 0),
+            ("top_p", "must be above 0 and at most 1, which keeps every token", 0 < self.top_p <= 1),
+            ("min_p", "must be at least 0, which keeps every token, and at most 1", 0 <= self.min_p <= 1),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: {rule}")
+
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+"""From the model's own distribution, uncut."""
+
+
+def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
+    """(N,) token ids; uniform_N in [0, 1) decides each draw."""
+    if sampling.temperature == 0:
+        return logits_NV.argmax(-1)
+    p_NV = probabilities(logits_NV, sampling)
+    # float64, or fifty thousand small terms would lose the tail. The last step guards against a total just below u.
+    cumulative_NV = p_NV.double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative_NV, uniform_N.double()[:, None] * cumulative_NV[:, -1:], right=True)
+    return drawn[:, 0]
+
+
+def probabilities(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """(N, V) probabilities that are drawn from, at least float32."""
+    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logits_NV = wide / sampling.temperature
+    if 0 < sampling.top_k < logits_NV.shape[-1]:
+        least_N1 = logits_NV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
+    if sampling.top_p < 1:
+        # From the least likely up, drop what together is at most 1 - top_p; the most likely one always stays.
+        sorted_NV, order_NV = logits_NV.sort(dim=-1)
+        drop_NV = sorted_NV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        drop_NV[:, -1] = False
+        logits_NV = logits_NV.masked_fill(drop_NV.scatter(1, order_NV, drop_NV), -torch.inf)
+    p_NV = logits_NV.softmax(-1)
+    if sampling.min_p > 0:
+        p_NV = p_NV.masked_fill(p_NV < sampling.min_p * p_NV.amax(-1, keepdim=True), 0)
+        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
+    return p_NV
