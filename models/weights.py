@@ -7,18 +7,28 @@ read, so a checkpoint is in memory once. Left out: pytorch_model.bin (pickle) an
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from models.config import read_model_config
+from models.config import one_line, read_json, read_model_config
 from models.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Most bytes of header that are read. A tensor's entry takes about 130, so Qwen3-235B's 37,000 tensors take 5 MB; an
+# optimiser's file has three tensors for each that is trained.
+MODEL_HEADERS, FILE_HEADER = 8 << 20, 32 << 20
+MISSING_NAMED = 100  # where no more tensors of one shape are missing, the first is named
 # What a model directory holds besides its weights; carried over whenever a model is written.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -66,60 +76,90 @@ def load_model(
 ) -> Transformer:
     """The model of a directory, frozen, in eval mode, its weights in `dtype` on `device`.
 
-    Raises ValueError naming the file and tensor where the weights are missing, unreadable or do not fit config.json.
+    Raises ValueError naming the file and tensor where the weights are missing, unreadable, not finite or do not fit
+    config.json. Names, shapes and dtypes are compared from the files' headers before the first tensor is read.
     """
     config = read_model_config(model_dir)
-    with torch.device("meta"):
+    headers = _read_headers(weight_files(model_dir), MODEL_HEADERS)
+    # Old checkpoints store rope's constants, which are no parameters.
+    stored = [tensor for tensor in headers if not tensor.name.endswith("rotary_emb.inv_freq")]
+    with _refuse_more_than(stored, model_dir), torch.device("meta"):
         model = Transformer(config, dtype, gradient_checkpointing)
-    load_weights(model, model_dir, dtype=dtype, device=device)
+    _refuse_misfits(model, stored, model_dir)
+    tied_head: StoredTensor | None = None
+    for tensor in stored:
+        if tensor.name == HEAD and config.tie_word_embeddings:
+            tied_head = tensor
+        else:
+            _assign(model, tensor.name, tensor.read(dtype, device))
+    if tied_head:
+        weight_VD = tied_head.read(dtype, device)
+        if model.head_weight_VD.is_meta:
+            _assign(model, EMBEDDING, weight_VD)
+        elif not torch.equal(weight_VD, model.head_weight_VD):
+            raise ValueError(
+                f"{tied_head.path}: {HEAD} differs from {EMBEDDING}, but config.json says that they are one "
+                "(tie_word_embeddings); set it to false if the checkpoint has a head of its own"
+            )
     return model.eval()
 
 
-def load_weights(model: Transformer, model_dir: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill every parameter of `model` from `model_dir`; each parameter is replaced by a frozen one."""
-    files = weight_files(model_dir)
-    expected = dict(model.named_parameters())
-    seen: dict[str, Path] = {}
-    # Old checkpoints store rope's constants; tied models may store the one embedding twice. Neither is a parameter.
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
-    stored_twice: tuple[Path, Tensor] | None = None
-    names = {name for _, name, _ in _tensors(files)}
-    for path, name, read in _tensors(files):
-        if name in tied and tied[name] in names:
-            stored_twice = path, read().to(device=device, dtype=dtype)
-            continue
-        name = tied.get(name, name)
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name not in expected:
+@contextmanager
+def _refuse_more_than(stored: list["StoredTensor"], model_dir: Path) -> Iterator[None]:
+    """Building a model of far more tensors than are stored raises ValueError: a config can ask for 10^9 layers."""
+    path = model_dir / "config.json"
+    left = Counter(tensor.shape for tensor in stored)
+
+    def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        left[parameter.shape] -= 1
+        if left[parameter.shape] < -MISSING_NAMED:
             raise ValueError(
-                f"{path}: unexpected tensor {name}; a {model.config.model_type} of this config has none of that name"
+                f"{path}: asks for over {MISSING_NAMED} tensors of shape {tuple(parameter.shape)} more than are "
+                "stored; are the config and the weights of one model?"
             )
+
+    hook = register_module_parameter_registration_hook(take)
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:  # torch's two words for a size that 64 bits cannot count
+        raise ValueError(f"{path}: asks for a tensor that cannot exist ({one_line(error)})") from None
+    finally:
+        hook.remove()
+
+
+def _refuse_misfits(model: Transformer, stored: list["StoredTensor"], model_dir: Path) -> None:
+    """ValueError unless every parameter is stored once, in its shape and as a floating-point number."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = expected.keys() - {tensor.name for tensor in stored}
+    if model.config.tie_word_embeddings:  # the one embedding may be stored under either name, or under both
+        expected[HEAD] = expected[EMBEDDING]
+        missing -= {EMBEDDING} if any(tensor.name == HEAD for tensor in stored) else set()
+    family, seen = model.config.model_type, dict[str, Path]()
+    for tensor in stored:
+        path, name = tensor.path, tensor.name
+        if name not in expected:
+            raise ValueError(f"{path}: unexpected tensor {name!r:.100}; a {family} of this config has none so named")
         if name in seen:
             raise ValueError(f"{path}: tensor {name} stands also in {seen[name]}; each may be stored once")
         seen[name] = path
-        tensor = read()
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != expected[name]:
             raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}; "
+                f"{path}: {name} has shape {tensor.shape!s:.100}, config.json asks for {expected[name]}; "
                 "are the config and the weights of one model?"
             )
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16, float16 or float64")
-        _assign(model, name, tensor.to(device=device, dtype=dtype))
-    if stored_twice and not torch.equal(stored_twice[1], model.head_weight_VD):
-        raise ValueError(
-            f"{stored_twice[0]}: lm_head.weight differs from model.embed_tokens.weight, but config.json says that they "
-            "are one (tie_word_embeddings); set it to false if the checkpoint has a head of its own"
-        )
-    missing = sorted(expected.keys() - seen.keys())
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{model_dir}: tensor {missing[0]}{more} is missing from {', '.join(p.name for p in files)}")
+        files = ", ".join(path.name for path in weight_files(model_dir))
+        raise ValueError(f"{model_dir}: tensor {min(missing)}{more} is missing from {files:.200}")
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a directory: those its index names, or the single file."""
+    """The safetensors files of a directory: those its index names, or the single file.
+
+    Links are followed, for the Hugging Face cache is made of them; what is no regular file is never opened.
+    """
     model_dir = Path(model_dir)
     index = model_dir / INDEX
     if not index.is_file():
@@ -127,38 +167,66 @@ def weight_files(model_dir: Path) -> list[Path]:
             raise ValueError(f"{model_dir}: holds neither {WEIGHTS} nor {INDEX}; only safetensors weights are read")
         return [model_dir / WEIGHTS]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
         names = []
     if not names:
         raise ValueError(f"{index}: not a safetensors index (an object with a weight_map of file names)")
     for name in names:
         # An index is untrusted input: a shard must be a plain file name, or it could read anything on the disk.
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise ValueError(f"{index}: shard {name!r} is not a plain file name in the same directory")
-        if not (model_dir / name).is_file():
-            raise ValueError(f"{index}: shard {name} is named but not there; is the download complete?")
+            raise ValueError(f"{index}: shard {name!r:.100} is not a plain file name in the same directory")
+        if not os.path.isfile(model_dir / name):
+            raise ValueError(f"{index}: shard {name!r:.100} is named but no file there; is the download complete?")
     return [model_dir / name for name in names]
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, "_Read"]]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file, as its header describes it."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """in safetensors' words: BF16, I64, ..."""
+    handle: safe_open
+
+    def read(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """The tensor, memory-mapped where neither dtype nor device changes; ValueError where it is not finite."""
+        try:
+            tensor = self.handle.get_tensor(self.name).to(dtype=dtype, device=device)
+        except (SafetensorError, TypeError) as error:
+            raise _unreadable(self.path, error) from None
+        # The extremes tell in one pass and without a copy: NaN passes through both. (8-bit floats have no extremes.)
+        if self.dtype in FLOATS and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{self.path}: {self.name!r:.100} has values that are not finite as {tensor.dtype}")
+        return tensor
+
+
+def _read_headers(files: list[Path], limit: int) -> list[StoredTensor]:
+    """What the headers of `files`, of at most `limit` bytes together, say of their tensors; none is read."""
+    stored: list[StoredTensor] = []
+    length = 0
     for path in files:
         try:
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118, a safe_open is no dict
-                    yield path, name, _Read(handle, name)
+            if not path.is_file():
+                raise OSError("no such file")  # a pipe or a device would be waited for
+            with path.open("rb") as file:
+                length += int.from_bytes(file.read(8), "little")
+            if length > limit:
+                raise OSError(f"headers of {length} bytes, at most {limit} are read")
+            handle = safe_open(path, framework="pt")
+            for name in handle.keys():  # noqa: SIM118, a safe_open is no dict
+                view = handle.get_slice(name)
+                stored.append(StoredTensor(path, name, tuple(view.get_shape()), view.get_dtype(), handle))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+            raise _unreadable(path, error) from None
+    return stored
 
 
-class _Read:
-    """Reads one tensor when called, so that names and shapes can be looked at without it."""
-
-    def __init__(self, handle: safe_open, name: str):
-        self.handle, self.name = handle, name
-
-    def __call__(self) -> Tensor:
-        return self.handle.get_tensor(self.name)
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a readable safetensors file ({one_line(error)})")
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -167,8 +235,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of one safetensors file."""
-    return {name: read() for _, name, read in _tensors([path])}
+    """Every tensor of one safetensors file; ValueError where it is unreadable or a number in it is not finite."""
+    return {tensor.name: tensor.read() for tensor in _read_headers([Path(path)], FILE_HEADER)}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -125,15 +129,19 @@ def test_stored_rope_constants_are_no_parameters(untied):
         ({DOWN: None}, rf"{DOWN} is missing from model\.safetensors$"),
         ({DOWN: None, "model.norm.weight": None}, rf"{DOWN} and 1 more is missing"),
         ({HEAD: None}, "lm_head.weight is missing"),
-        ({"model.layers.2.mlp.bias": torch.ones(2)}, "unexpected tensor model.layers.2.mlp.bias; a llama of this"),
+        ({"model.layers.2.mlp.bias": torch.ones(2)}, "unexpected tensor 'model.layers.2.mlp.bias'; a llama of this"),
+        ({"two\nlines": torch.ones(2)}, r"unexpected tensor 'two\\nlines'"),
         ({DOWN: torch.ones(20, 16)}, rf"{DOWN} has shape \(20, 16\), config.json asks for \(16, 20\)"),
-        ({DOWN: torch.ones(16, 20, dtype=torch.int64)}, rf"{DOWN} is torch.int64; expected float32"),
-        ({DOWN: torch.ones(16, 20, dtype=torch.bool)}, rf"{DOWN} is torch.bool"),
-        ({DOWN: torch.ones(16, 20).to(torch.float8_e4m3fn)}, rf"{DOWN} is torch.float8_e4m3fn"),
+        ({DOWN: torch.ones(16, 20, dtype=torch.int64)}, rf"{DOWN} is I64; expected one of F64, F32, F16, BF16"),
+        ({DOWN: torch.ones(16, 20, dtype=torch.bool)}, rf"{DOWN} is BOOL"),
+        ({DOWN: torch.ones(16, 20).to(torch.float8_e4m3fn)}, rf"{DOWN} is F8_E4M3"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_refused_by_file_and_name(untied, changes, message):
+def test_a_tensor_that_does_not_fit_is_refused_by_file_and_name_before_any_is_read(
+    untied, changes, message, monkeypatch
+):
     edit(untied, changes)
+    monkeypatch.setattr(models.weights.StoredTensor, "read", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError, match=message) as refused:
         load(untied)
     assert str(refused.value).startswith(str(untied))
@@ -168,7 +176,7 @@ def test_a_shard_outside_the_directory_is_refused(untied, shard):
 
 def test_a_missing_shard_is_refused_by_name(untied):
     write_index(untied, {"x": "model.safetensors", "y": "model-00002.safetensors"})
-    with pytest.raises(ValueError, match=r"index\.json: shard model-00002\.safetensors is named but not there"):
+    with pytest.raises(ValueError, match=r"index\.json: shard 'model-00002\.safetensors' is named but no file there"):
         load(untied)
 
 
@@ -178,7 +186,7 @@ def test_a_missing_shard_is_refused_by_name(untied):
 )
 def test_a_garbage_index_is_refused(untied, content):
     (untied / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: not a safetensors index"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: not (valid JSON|a safetensors index)"):
         load(untied)
 
 
@@ -200,6 +208,169 @@ def test_a_pickle_is_not_read(untied):
     torch.save(tensors, untied / "model.safetensors")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load(untied)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_by_file_and_tensor(untied, bad):
+    down = load_file(untied / "model.safetensors")[DOWN]
+    down[-1, -1] = bad
+    edit(untied, {DOWN: down})
+    message = rf"model\.safetensors: '{DOWN}' has values that are not finite as torch"
+    with pytest.raises(ValueError, match=message):
+        load(untied)
+    with pytest.raises(ValueError, match=message):
+        read_tensors(untied / "model.safetensors")
+
+
+def test_a_number_that_the_dtype_of_the_run_cannot_hold_is_refused(untied):
+    """65520 is the least that float16 rounds to infinity."""
+    edit(untied, {DOWN: torch.full((16, 20), 65519.0)})
+    load(untied, torch.float16)
+    edit(untied, {DOWN: torch.full((16, 20), 65520.0)})
+    with pytest.raises(ValueError, match=rf"{DOWN}' has values that are not finite as torch.float16"):
+        load(untied, torch.float16)
+
+
+def test_links_are_followed_as_in_the_cache_of_hugging_face(untied, tmp_path):
+    """There every file of a snapshot is a link into a directory of blobs."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1234"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(untied / name, blobs / f"hash-of-{name}")
+        (snapshot / name).symlink_to(Path("../../blobs") / f"hash-of-{name}")
+    write_index(snapshot, {"x": "model.safetensors"})
+    assert_same(parameters(snapshot), parameters(untied))
+
+
+# Loads every directory (or reads every file) that it is given, one after the other in one process, and prints how each
+# ended, its seconds of computing, and by how many MB the largest memory of the process grew.
+ATTEMPTS = """
+import json, sys, time, torch
+from pathlib import Path
+from models.weights import load_model, read_tensors
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+for where in map(Path, sys.argv[1:]):
+    before, started = peak(), time.process_time()
+    try:
+        if where.is_dir():
+            load_model(where, dtype=torch.float32, device=torch.device("cpu"))
+        else:
+            read_tensors(where)
+        outcome = "loaded"
+    except ValueError as error:
+        outcome = str(error)
+    except BaseException as error:
+        outcome = repr(error)
+    print(json.dumps([outcome, time.process_time() - started, peak() - before]), flush=True)
+"""
+
+
+def attempt(places: list[Path]) -> list[tuple[str, float, int]]:
+    """(outcome, seconds, MB) of ATTEMPTS at each place; a process of its own, so that no other memory is counted."""
+    command = [sys.executable, "-c", ATTEMPTS, *map(str, places)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, cwd=root)
+    return [(outcome, seconds, grown) for outcome, seconds, grown in map(json.loads, done.stdout.splitlines())]
+
+
+def config(**changes):
+    def apply(where: Path) -> None:
+        (where / "config.json").write_text(json.dumps(json.loads((where / "config.json").read_text()) | changes))
+
+    return apply
+
+
+def file(name: str, content: bytes, zeros: int = 0):
+    """A file of `content`, continued by a hole of `zeros` bytes."""
+
+    def apply(where: Path) -> None:
+        (where / name).write_bytes(content)
+        os.truncate(where / name, len(content) + zeros)
+
+    return apply
+
+
+def header(length: int, text: bytes = b"", data: int = 0):
+    return file("model.safetensors", length.to_bytes(8, "little") + text, data)
+
+
+def shard(name: str, make=lambda path: None):
+    def apply(where: Path) -> None:
+        write_index(where, {"x": name})
+        make(where / name)
+
+    return apply
+
+
+def entries(count: int) -> bytes:
+    """A header of `count` tensors without elements."""
+    one = '"n%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return ("{" + ",".join(one % i for i in range(count)) + "}").encode()
+
+
+def both(*changes):
+    return lambda where: [change(where) for change in changes]
+
+
+MANY, MILLION = entries(50_000), entries(1_000_000)
+HOSTILE = {
+    "a-billion-layers": (config(num_hidden_layers=10**9), r"config\.json: asks for over 100 tensors of shape"),
+    "a-billion-wide": (config(hidden_size=10**9), r"has shape .*, config\.json asks for .*1000000000"),
+    "a-trillion-tokens": (config(vocab_size=10**12), r"has shape .*, config\.json asks for .*1000000000000"),
+    "a-billion-in-the-mlp": (config(intermediate_size=10**9), "has shape .* asks for .*1000000000"),
+    "a-billion-heads": (config(num_attention_heads=10**9), "has shape .* asks for .*6000000000"),
+    "more-than-64-bits": (config(hidden_size=10**30), r"config\.json: asks for a tensor that cannot exist"),
+    "more-than-memory": (config(hidden_size=2**40, vocab_size=2**40), r"config\.json: asks for a tensor that cannot"),
+    "an-eps-beyond-floats": (config(rms_norm_eps=10**400), r"config\.json: "),
+    "a-long-word": (config(hidden_act="x" * 10**6), r"config\.json: hidden_act='x"),
+    "a-nested-config": (file("config.json", b"[" * 10**6), r"config\.json: not valid JSON"),
+    "a-huge-config": (file("config.json", b"{", 10**9), r"config\.json: not valid JSON \(longer than"),
+    "a-number-of-a-million-digits": (file("config.json", b"1" * 10**6), r"config\.json: not valid JSON"),
+    "a-nested-index": (file("model.safetensors.index.json", b'{"weight_map":' * 10**5), r"index\.json: not valid JSON"),
+    "a-huge-index": (file("model.safetensors.index.json", b"{", 10**9), r"index\.json: not valid JSON \(longer than"),
+    "a-header-of-gigabytes": (header(4 << 30, b"{", 5 << 30), r"safetensors: not a readable .*headers of 4294967296 b"),
+    "a-header-of-2-to-64": (header(2**64 - 1), "not a readable .*headers of 18446744073709551615 bytes"),
+    "a-header-beyond-its-file": (header(1 << 20, b"{}"), r"model\.safetensors: not a readable safetensors file"),
+    "a-million-tensors": (header(len(MILLION), MILLION), "not a readable .*headers of"),
+    "many-tensors": (both(header(len(MANY), MANY), config(num_hidden_layers=10**9)), "asks for over 100 tensors of"),
+    "a-nested-header": (header(5 * 10**6, b'{"a":' * 10**6), "not a readable .*recursion"),
+    "no-tensors": (header(2, b"{}"), "tensor .* is missing"),
+    "a-shard-with-a-nul": (shard("a\0b"), r"index\.json: shard 'a\\x00b' is named but no file there"),
+    "a-shard-of-a-long-name": (shard("x" * 10**6), r"index\.json: shard 'x{99} is named but no file there"),
+    "a-shard-that-is-no-text": (shard("\ud800"), r"index\.json: shard '\\ud800' is named but no file there"),
+    "a-directory-as-shard": (shard("sub", Path.mkdir), r"index\.json: shard 'sub' is named but no file there"),
+    "a-pipe-as-shard": (shard("pipe", os.mkfifo), r"index\.json: shard 'pipe' is named but no file there"),
+    "a-device-as-shard": (
+        shard("zero", lambda path: path.symlink_to("/dev/zero")),
+        "shard 'zero' is named but no file",
+    ),
+    "a-link-to-itself": (shard("loop", lambda path: path.symlink_to("loop")), "shard 'loop' is named but no file"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the largest memory of a process from /proc")
+def test_hostile_files_are_refused_in_one_line_within_a_second_and_200_mb(untied, tmp_path):
+    expected = {untied: "loaded", untied / "model.safetensors": "loaded"}
+    for name, (change, message) in HOSTILE.items():
+        shutil.copytree(untied, tmp_path / name)
+        change(tmp_path / name)
+        expected[tmp_path / name] = f"^{tmp_path / name}.*{message}"
+    # The same as an adapter or a trainer's state.
+    for name in ("a-header-of-gigabytes", "a-header-of-2-to-64", "a-header-beyond-its-file", "a-million-tensors"):
+        expected[tmp_path / name / "model.safetensors"] = "not a readable safetensors file"
+    for path in (tmp_path / "a-nested-header" / "model.safetensors", tmp_path / "a-pipe-as-shard" / "pipe"):
+        expected[path] = f"^{path}: not a readable safetensors file"
+    expected[tmp_path / "absent"] = "absent: not a readable safetensors file .no such file"
+    outcomes = attempt(list(expected))
+    for (place, message), (outcome, seconds, _) in zip(expected.items(), outcomes, strict=True):
+        assert re.search(message, outcome), f"{place}: {outcome}"
+        assert len(outcome.splitlines()) == 1 and len(outcome) < 1000, outcome
+        assert seconds < 1, f"{place}: {seconds} s"
+    assert sum(grown for *_, grown in outcomes) < 200
 
 
 # --- writing ---
