@@ -1,7 +1,8 @@
 """Weights in and out: safetensors in Hugging Face directories, memory-mapped, strict about names, shapes and dtypes.
 
 Only safetensors and JSON are read; nothing on this path can run code. A tensor is converted to the run's dtype as it is
-read, so a checkpoint is in memory once. Left out: pytorch_model.bin (pickle) and quantised formats.
+read, so a checkpoint is in memory once. A file may come from a stranger: what it claims is bounded before it is acted
+on, so that a bad one costs one error, not what it asks for. Left out: pytorch_model.bin (pickle) and quantised formats.
 """
 
 import json
@@ -28,7 +29,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # Most bytes of header that are read. A tensor's entry takes about 130, so Qwen3-235B's 37,000 tensors take 5 MB; an
 # optimiser's file has three tensors for each that is trained.
 MODEL_HEADERS, FILE_HEADER = 8 << 20, 32 << 20
-MISSING_NAMED = 100  # where no more tensors of one shape are missing, the first is named
+# A config may ask for so many tensors of one shape beyond those stored, and the first is named; beyond, none is built.
+MISSING_NAMED = 100
 # What a model directory holds besides its weights; carried over whenever a model is written.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
