@@ -30,14 +30,14 @@ class Cache:
     def __init__(self, model: Transformer, lengths_P: Tensor, samples: int, steps: int):
         """lengths_P: tokens of each prompt. steps: tokens that each sample may add."""
         config, device = model.config, model.device
-        self.windows, self.samples = config.windows, samples
+        self.windows, self.samples = model.windows, samples
         longest = int(lengths_P.max())
         self.filled = longest
         slots = longest + steps * samples
         # Zeros, because a masked slot that held a NaN would still make one.
         size = (len(lengths_P), config.num_key_value_heads, slots, config.head_dim)
         self.keys, self.values = (
-            [torch.zeros(size, dtype=model.dtype, device=device) for _ in config.windows] for _ in range(2)
+            [torch.zeros(size, dtype=model.dtype, device=device) for _ in self.windows] for _ in range(2)
         )
         slot_S = torch.arange(slots, device=device)
         step_S, sample_S = (slot_S - longest) // samples, (slot_S - longest) % samples

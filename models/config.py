@@ -9,7 +9,8 @@ linear-attention layers, quantised weights, attention dropout.
 """
 
 import json
-import math
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,23 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[int | None, ...]
-    """of every layer: how many tokens, its own included, a token sees; None: all before it."""
+    sliding_window: int | None
+    """how many tokens, its own included, a token sees in sliding_layers; elsewhere it sees all before it."""
+    sliding_layers: Collection[int]
     num_experts: int
     """0: no layer has experts."""
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
-    expert_layers: frozenset[int]
-    """layers whose MLP is a mixture of experts."""
+    expert_layers: Collection[int]
+    """layers whose MLP is a mixture of experts, unless they are among mlp_only_layers."""
+    mlp_only_layers: Collection[int]
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    def has_experts(self, layer: int) -> bool:
+        return layer in self.expert_layers and layer not in self.mlp_only_layers
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
@@ -114,7 +123,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     raw = read_json(path)
     try:
         return parse_model_config(raw)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
@@ -160,7 +169,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"head_dim={head_dim}: must be even, rotary embedding turns pairs")
     attention_bias, mlp_bias = (key in family.bias_keys and _switch(raw, key) for key in ("attention_bias", "mlp_bias"))
     theta, scaling = _rope(raw)
-    experts, per_token, expert_size, expert_layers = _experts(raw, layers) if family.experts else (0, 0, 0, frozenset())
+    window, sliding_layers = _sliding(raw, family, layers)
     return ModelConfig(
         model_type=model_type,
         vocab_size=_integer(raw, "vocab_size"),
@@ -179,21 +188,18 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         o_bias=attention_bias,
         mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
-        windows=_windows(raw, family, layers),
-        num_experts=experts,
-        num_experts_per_tok=per_token,
-        moe_intermediate_size=expert_size,
-        norm_topk_prob=_switch(raw, "norm_topk_prob"),
-        expert_layers=expert_layers,
+        sliding_window=window,
+        sliding_layers=sliding_layers,
+        **(_experts(raw, layers) if family.experts else NO_EXPERTS),
     )
 
 
-def _windows(raw: dict[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of every layer."""
+def _sliding(raw: dict[str, Any], family: Family, layers: int) -> tuple[int | None, Collection[int]]:
+    """(sliding_window, the layers in which it holds)."""
     kinds = raw.get("layer_types")
-    if kinds is not None and not isinstance(kinds, list):
-        raise ValueError(f"layer_types={kinds!r}: expected a list")
     if kinds is not None:
+        if not isinstance(kinds, list):
+            raise ValueError(f"layer_types={kinds!r}: expected a list")
         strange = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
         if strange or len(kinds) != layers:
             given = f"with {strange[0]!r}" if strange else f"of {len(kinds)} layers, num_hidden_layers={layers}"
@@ -201,22 +207,27 @@ def _windows(raw: dict[str, Any], family: Family, layers: int) -> tuple[int | No
     if family.window is None or (family.window_switch and not _switch(raw, family.window_switch)):
         if kinds is not None and "sliding_attention" in kinds:
             raise ValueError("layer_types with 'sliding_attention': the config does not turn sliding_window on")
-        return (None,) * layers
+        return None, ()
     if "sliding_window" not in raw:
         raise ValueError("sliding_window: missing, which means 4096 to transformers; write null for full attention")
     if raw["sliding_window"] is None:
-        return (None,) * layers
+        return None, ()
     window = _integer(raw, "sliding_window")
     if family.window == "all":
-        return (window,) * layers
-    if kinds is None:
-        first = _integer(raw, "max_window_layers", default=28, least=0)
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        return window, range(layers)
+    if kinds is not None:
+        return window, [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+    return window, range(_integer(raw, "max_window_layers", default=28, least=0), layers)
 
 
-def _experts(raw: dict[str, Any], layers: int) -> tuple[int, int, int, frozenset[int]]:
-    """(experts, experts per token, their width, the layers that have them)."""
+NO_EXPERTS = {
+    "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "norm_topk_prob": False,
+    "expert_layers": (), "mlp_only_layers": (),
+}  # fmt: skip
+
+
+def _experts(raw: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
     # transformers 5 writes num_local_experts.
     experts = _integer(raw, "num_experts", default=raw.get("num_local_experts"))
     per_token = _integer(raw, "num_experts_per_tok")
@@ -226,8 +237,12 @@ def _experts(raw: dict[str, Any], layers: int) -> tuple[int, int, int, frozenset
     if not isinstance(dense, list):
         raise ValueError(f"mlp_only_layers={dense!r}: expected a list of layers")
     step = _integer(raw, "decoder_sparse_step", default=1)
-    sparse = frozenset(range(step - 1, layers, step)) - frozenset(dense)
-    return experts, per_token, _integer(raw, "moe_intermediate_size"), sparse
+    return {
+        "num_experts": experts, "num_experts_per_tok": per_token,
+        "moe_intermediate_size": _integer(raw, "moe_intermediate_size"),
+        "norm_topk_prob": _switch(raw, "norm_topk_prob"),
+        "expert_layers": range(step - 1, layers, step), "mlp_only_layers": dense,
+    }  # fmt: skip
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -238,7 +253,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         raise ValueError(f"{key}={given!r}: expected an object")
     nested = [name for name, value in given.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"{key}: {nested[0]} has settings of its own; one rotary embedding serves every layer here")
+        raise ValueError(f"{key}: {nested[0]!r} has settings of its own; one rotary embedding serves every layer here")
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"rope_type={kind!r}: this project computes {', '.join(ROPE_TYPES)}")
@@ -257,8 +272,8 @@ def _integer(raw: dict[str, Any], key: str, default: int | None = None, least: i
     value = raw.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{key}={value!r}: expected a whole number, at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise ValueError(f"{key}={value!r}: expected a whole number, at least {least} and below 2^31")
     return value
 
 
@@ -271,6 +286,6 @@ def _switch(raw: dict[str, Any], key: str) -> bool:
 
 def _positive(raw: dict[str, Any], key: str, default: float | None = None) -> float:
     value = raw.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key}={value!r}: expected a positive number")
     return float(value)

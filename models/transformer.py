@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = (
             MixtureOfExperts(config)
-            if layer in config.expert_layers
+            if config.has_experts(layer)
             else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -187,6 +187,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.packed_head: Callable[[Tensor], list[Tensor]] | None = None
         self.model = Decoder(config)
+        self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -203,7 +204,7 @@ class Transformer(nn.Module):
         """(T, D) final hidden states; logits are hidden_TD @ head_weight_VD.T."""
         return self.run(
             stream.input_ids_T, stream.positions_T,
-            [partial(attention, stream=stream, window=window) for window in self.config.windows],
+            [partial(attention, stream=stream, window=window) for window in self.windows],
         )  # fmt: skip
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _refuse_more_than(stored: list["StoredTensor"], model_dir: Path) -> Iterator
     hook = register_module_parameter_registration_hook(take)
     try:
         yield
-    except (RuntimeError, TypeError) as error:  # torch's two words for a size that 64 bits cannot count
+    except RuntimeError as error:  # a size that 64 bits cannot count
         raise ValueError(f"{path}: asks for a tensor that cannot exist ({one_line(error)})") from None
     finally:
         hook.remove()
