@@ -78,13 +78,14 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
 
     config_file=PATH is replaced by its keys, standing first; keys without effect are dropped with a note; every other
     key and value is checked against the schema, so that a mistake is one line and not Hydra's several. A schema may
-    have two class variables beside its keys: STANDS_FOR, functions from a key's value to the keys that it stands for,
-    and NOT_THE_WORLDS, keys that a run on the built-in world does not name.
+    have class variables beside its keys: STANDS_FOR, functions from a key's value to the keys that it stands for,
+    NOT_THE_WORLDS, keys that a run on the built-in world does not name, and WITHOUT_EFFECT, more of that table.
     """
     flags, typed = _split_flags(argv)
     sweeping = bool({"-m", "--multirun"} & set(flags))
     ineffective: list[str] = []
     stand_ins = getattr(schema, "STANDS_FOR", {})
+    without_effect = WITHOUT_EFFECT | getattr(schema, "WITHOUT_EFFECT", {})
     stood_for: list[str] = []
     from_files: list[str] = []
     arguments: list[str] = []
@@ -100,14 +101,14 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
             raise ValueError(f"{argument}: expected key=value")
         elif key == "config_file":
             for name, value in read_config_file(Path(text)).items():
-                if not _without_effect(name, value, ineffective):
+                if not _without_effect(name, value, without_effect, ineffective):
                     _check_key(name, value, schema)
                     from_files.append(f"{name}={_quote(value)}")
         elif key in GROUPS or key.partition("@")[0] in GROUPS:
             _check_group(key, text)
             arguments.append(f"~{key}" if text == "null" else argument)
-        elif key in WITHOUT_EFFECT:
-            _without_effect(key, next(_override_values(argument)), ineffective)
+        elif key in without_effect:
+            _without_effect(key, next(_override_values(argument)), without_effect, ineffective)
         else:
             if key in stand_ins:
                 stood_for += [f"{k}={_quote(v)}" for k, v in stand_ins[key](text).items()]
@@ -164,10 +165,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _without_effect(key: str, value: Any, ineffective: list[str]) -> bool:
-    if key not in WITHOUT_EFFECT:
+def _without_effect(key: str, value: Any, table: dict[str, Any], ineffective: list[str]) -> bool:
+    if key not in table:
         return False
-    allowed = WITHOUT_EFFECT[key]
+    allowed = table[key]
     if allowed is not ANY and value != allowed:
         accepted = "null" if allowed is None else allowed
         raise ValueError(f"{key}={value}: is not done here; only {key}={accepted} is accepted")

@@ -6,6 +6,7 @@ on, so that a bad one costs one error, not what it asks for. Left out: pytorch_m
 """
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -31,10 +32,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MODEL_HEADERS, FILE_HEADER = 8 << 20, 32 << 20
 # A config may ask for so many tensors of one shape beyond those stored, and the first is named; beyond, none is built.
 MISSING_NAMED = 100
-# What a model directory holds besides its weights; carried over whenever a model is written.
+# What a model directory holds besides its weights and config.json; carried over whenever a model is written.
 COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 
 
@@ -244,21 +245,59 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file beside its final name and rename it, so that a reader never sees half of one."""
     beside = path.with_name(path.name + ".tmp")
+    beside.touch()
+    mode = beside.stat().st_mode  # safetensors makes files that nobody but their owner can read
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
+    beside.chmod(mode)
     os.replace(beside, path)
 
 
-def save_model(model: Transformer, target_dir: Path, *, source_dir: Path) -> None:
-    """Write `model` as a Hugging Face directory; config, tokenizer and template files come from source_dir."""
+def save_model(model: Transformer, target_dir: Path, *, source_dir: Path, shard_bytes: float = math.inf) -> None:
+    """Write `model` as a Hugging Face directory, its weights in one file or, above shard_bytes, in several.
+
+    Config, tokenizer and template files come from source_dir; a model that lay in target_dir is replaced. config.json
+    goes first and comes last: a directory without it is no model, so a write that was cut short is never taken for one.
+    """
     target_dir = Path(target_dir)
     target_dir.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (source_dir / name).is_file() and source_dir.resolve() != target_dir.resolve():
-            shutil.copyfile(source_dir / name, target_dir / name)
-    write_tensors(target_dir / WEIGHTS, dict(model.named_parameters()))
-    # Shards that lay here before are no longer this model's.
-    (target_dir / INDEX).unlink(missing_ok=True)
-    config = json.loads((target_dir / "config.json").read_text(encoding="utf-8"))
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    (target_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(model.head_weight_VD.dtype).removeprefix("torch.")
+    (target_dir / "config.json").unlink(missing_ok=True)
+
+    parts = shards(dict(model.named_parameters()), shard_bytes)
+    count = len(parts)
+    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for name, tensors in zip(names, parts, strict=True):
+        write_tensors(target_dir / name, tensors)
+    for path in [target_dir / INDEX, *target_dir.glob("model*.safetensors")]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    if count > 1:
+        total = sum(tensor.nbytes for tensors in parts for tensor in tensors.values())
+        weight_map = {tensor: name for name, tensors in zip(names, parts, strict=True) for tensor in tensors}
+        _write_json(target_dir / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if source_dir.resolve() != target_dir.resolve():
+        for name in COMPANIONS:
+            (target_dir / name).unlink(missing_ok=True)
+            if (source_dir / name).is_file():
+                shutil.copyfile(source_dir / name, target_dir / name)
+    _write_json(target_dir / "config.json", config)
+
+
+def shards(tensors: Mapping[str, Tensor], shard_bytes: float) -> list[dict[str, Tensor]]:
+    """`tensors` in order, cut so that no part exceeds shard_bytes; a larger tensor has a part of its own."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > shard_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    return parts
+
+
+def _write_json(path: Path, content: dict) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

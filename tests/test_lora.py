@@ -281,6 +281,14 @@ def test_peft_reads_what_we_write(base, tmp_path, target, use_rslora):
     assert adapted == {f"base_model.model.{name}" for name in lora_layers(model)}
 
 
+@pytest.mark.parametrize(
+    ("target", "written"), [("all", LEAVES), ("layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"])]
+)
+def test_target_modules_are_the_short_names_where_these_say_it(base, tmp_path, target, written):
+    save_adapter(injected(base, target), tmp_path, base_model="x", dropout=0.0)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(written)
+
+
 def write_with_peft(
     base: Path, where: Path, targets: object = ("q_proj", "down_proj"), size: float = 0.3, **settings
 ) -> torch.nn.Module:

@@ -10,6 +10,7 @@ import eval as eval_entry
 import train as train_entry
 from dpo.config import EvalConfig, TrainConfig
 from models.command import expand_arguments
+from models.export import ExportConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,8 +18,13 @@ COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if "python train.py" in line or "python eval.py" in line
+    if re.search(r"python (train\.py|eval\.py|-m models\.)", line)
 ]
+ROOTS = {
+    "train.py": ("config", TrainConfig),
+    "eval.py": ("eval", EvalConfig),
+    "models.export": ("export", ExportConfig),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -30,8 +36,8 @@ def test_every_command_composes(command, tmp_path, monkeypatch):
     (tmp_path / "OUTPUT_DIR").mkdir()
     for name, text in (("config.yaml", "model_name_or_path: world\n"), ("adapter_config.json", "{}")):
         (tmp_path / "OUTPUT_DIR" / name).write_text(text)
-    script, *arguments = command[command.index("python ") + len("python ") :].split()
-    name, schema = ("config", TrainConfig) if script == "train.py" else ("eval", EvalConfig)
+    script, *arguments = command.partition("python ")[2].removeprefix("-m ").split()
+    name, schema = ROOTS[script]
     expanded, _ = expand_arguments(arguments, schema)
     # A sweep composes one job at a time; its first values stand for it.
     overrides = [re.sub(r"=([^,]+),.*", r"=\1", a) for a in expanded if a != "-m"]
