@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import models.weights
 from models.command import expand_arguments
-from models.export import ExportConfig, describe, export, log_probabilities, mean_kl
+from models.export import PROBE, ExportConfig, describe, export, log_probabilities, mean_kl
 from models.lora import adapter_tensors, inject_lora, load_adapter, save_adapter
 from models.stream import pack
+from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import load_model, save_model, shards, weight_files
 
@@ -265,6 +266,20 @@ def test_bfloat16_costs_a_small_share_of_a_large_adapter_and_a_large_one_of_a_sm
     assert float(cost[1]) < 1e-8
 
 
+def test_the_cost_printed_is_that_of_the_weights_written_computed_in_float32(untied, tmp_path, capsys):
+    """The base is bfloat16: computing in that would add its own noise to what the weights cost."""
+    adapter = write_adapter(untied, tmp_path / "adapter")
+    run(*named(untied, adapter, tmp_path / "out"))
+    (ids,) = Tokenizer(WORLD).encode([PROBE])
+    adapted_TV, written_TV, base_TV = (
+        log_probabilities(model, ids) for model in (adapted(untied, adapter), load(tmp_path / "out"), load(untied))
+    )
+    numbers = re.search(r"costs (\S+) nats per token, \S+% of the (\S+) that", capsys.readouterr().out)
+    # Two digits are printed.
+    assert float(numbers[1]) == pytest.approx(mean_kl(adapted_TV, written_TV), rel=0.05)
+    assert float(numbers[2]) == pytest.approx(mean_kl(adapted_TV, base_TV), rel=0.05)
+
+
 # --- the command ---
 
 
@@ -317,13 +332,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argument", "message"), MISTAKES, ids=[argument for argument, _ in MISTAKES])
-def test_a_mistake_is_refused_and_nothing_is_written(untied, tmp_path, argument, message):
+def test_a_mistake_is_refused_before_weights_are_read_or_written(untied, tmp_path, monkeypatch, argument, message):
     places = {name: tmp_path / name.lower() for name in ("FILE", "ADAPTER", "MODEL", "EMPTY")} | {"BASE": untied}
     places["FILE"].write_text("")
     places["EMPTY"].mkdir()
     places["MODEL"].mkdir()
     (places["MODEL"] / "config.json").write_text("{}")
     write_adapter(untied, places["ADAPTER"])
+    monkeypatch.setattr("models.export.load_model", lambda *_, **__: pytest.fail("weights were read"))
     key, _, value = argument.partition("=")
     value = str(places.get(value, value))
     before = {name: bytes_of(place) for name, place in places.items() if place.is_dir()}
