@@ -269,9 +269,9 @@ def save_model(model: Transformer, target_dir: Path, *, source_dir: Path, shard_
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, tensors in zip(names, parts, strict=True):
         write_tensors(target_dir / name, tensors)
-    for path in [target_dir / INDEX, *target_dir.glob("model*.safetensors")]:
+    for path in target_dir.glob("model*.safetensors*"):
         if path.name not in names:
-            path.unlink(missing_ok=True)
+            path.unlink()  # an earlier model's, its index, or half a file of a write that was cut short
     if count > 1:
         total = sum(tensor.nbytes for tensors in parts for tensor in tensors.values())
         weight_map = {tensor: name for name, tensors in zip(names, parts, strict=True) for tensor in tensors}

@@ -194,6 +194,7 @@ def test_a_model_written_over_another_leaves_nothing_of_it(untied, tmp_path, fir
     (tmp_path / "notes.txt").write_text("the user's own")
     save_model(load(WORLD), tmp_path, source_dir=WORLD, shard_bytes=first)
     (tmp_path / "chat_template.jinja").write_text("of another model")
+    (tmp_path / "model-00007-of-00008.safetensors.tmp").write_text("half a file")
     save_model(load(untied), tmp_path, source_dir=untied, shard_bytes=second)
     save_model(load(untied), tmp_path / "alone", source_dir=untied, shard_bytes=second)
     alone = bytes_of(tmp_path / "alone")
