@@ -13,7 +13,6 @@ text, computed in float32, so that only the weights differ. Left out: quantising
 Shapes: T tokens, D width, V vocabulary.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 
 from models.command import ANY, one_line_errors, prepare_command_line
-from models.config import read_model_config
+from models.config import read_json, read_model_config
 from models.lora import ADAPTER_CONFIG, load_adapter, merge, read_adapter_config
 from models.stream import pack
 from models.tokenizer import Tokenizer
@@ -129,13 +128,14 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
 
 def dtypes(source: Path, infer_dtype: str) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the stored weights, dtype to write)."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     given = config.get("dtype", config.get("torch_dtype"))
-    if infer_dtype == "auto" and given not in DTYPES:
+    stored = DTYPES.get(str(given))
+    if infer_dtype == "auto" and stored is None:
         raise ValueError(
             f"infer_dtype=auto: {source / 'config.json'} says dtype={given!r}; name one of {', '.join(DTYPES)}"
         )
-    stored = DTYPES.get(given, torch.float32)
+    stored = stored or torch.float32  # which holds whatever it is
     return stored, DTYPES.get(infer_dtype, stored)
 
 
