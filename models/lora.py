@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import read_json
 from models.transformer import Linear, Transformer
 from models.weights import read_tensors, write_tensors
 
@@ -191,7 +192,7 @@ def read_adapter_config(adapter_dir: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; adapter_name_or_path must be a directory in PEFT's format")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         rank, alpha = config["r"], float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a LoRA adapter_config.json ({error!r})") from None

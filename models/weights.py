@@ -39,7 +39,7 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-FETCHED = ["*.safetensors", "*.json", "*.jinja"]
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 NOT_FETCHED = ["consolidated*", "original/*"]  # the same weights once more, in their authors' own format
 
 

@@ -124,7 +124,6 @@ MISTAKES = [
     (["lora_target=nonsense"], "no linear layer is 'nonsense'"),
     (["template=llama3"], "template=llama3: the tokenizer has no token <|start_header_id|>"),
     (["config_file=/no/such.yaml"], "config_file=/no/such.yaml: no such file"),
-    (["trust_remote_code=true"], "trust_remote_code=True: is not done here"),
     (["nonsense"], "nonsense: expected key=value"),
 ]
 

@@ -489,9 +489,10 @@ def test_the_hub_is_asked_for_safetensors_and_text_alone(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda n, **kw: asked.update(name=n, **kw) or tmp_path)
     assert resolve_model_dir("org/some-model") == tmp_path
     assert asked["name"] == "org/some-model"
-    files = ["model-00001-of-00002.safetensors", "config.json", "chat_template.jinja", "pytorch_model.bin", "x.py"]
+    wanted = ["model-00001-of-00002.safetensors", "config.json", "chat_template.jinja", "tokenizer.model"]
+    files = [*wanted, "pytorch_model.bin", "x.py"]
     allowed = [name for name in files if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])]
-    assert allowed == files[:3]
+    assert allowed == wanted
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_with_its_reason(monkeypatch):
