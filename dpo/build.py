@@ -53,7 +53,7 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
                 f"ref_model={cfg.ref_model}: its tokenizer has another vocabulary than {cfg.model_name_or_path}'s, so "
                 "token ids would mean other text; name a model of the same family"
             )
-    return ChatTemplate(cfg.template, tokenizer)
+    return ChatTemplate(cfg.template, tokenizer, cfg.date_string)
 
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:

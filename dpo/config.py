@@ -30,6 +30,7 @@ class TrainConfig:
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
     template: str = MISSING
+    date_string: str | None = MISSING
     finetuning_type: str = MISSING
     lora_target: str = MISSING
     lora_rank: int = MISSING
@@ -89,6 +90,7 @@ class EvalConfig:
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
     template: str = MISSING
+    date_string: str | None = MISSING
     pref_loss: str = MISSING
     pref_beta: float = MISSING
     eval_dataset: str = MISSING

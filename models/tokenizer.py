@@ -3,6 +3,10 @@
 Two rules. The tokenizer adds no special token: the template decides (a second BOS is the field's oldest bug). And text
 never becomes a special token: `encode_rendered` gives the specials of the template their ids, while the same characters
 inside a user's message are encoded as the plain text they are.
+
+Special is what tokenizer.json calls so. Added tokens that it does not, such as Qwen3's <think>, are vocabulary, which
+text may use. Out of reach: a template that rewrites the inside of a message (changes its case, deletes what parts two
+halves of a special), or that writes a special's first half right before a message.
 """
 
 import json
@@ -14,8 +18,8 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 # Stands for the first character of a special token's string inside a message (the next code points for other first
-# characters), and is turned back before encoding: see escape().
-MARK = "\ue0a1"
+# characters), and is turned back before encoding: see escape(). Of the last plane, where no font has put its icons.
+MARK = "\U00100000"
 # One byte of a character that a SentencePiece vocabulary lacks.
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -43,10 +47,14 @@ class Tokenizer:
         self.rust.encode_special_tokens = True
         added = self.rust.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self._specials = re.compile(alternatives)
+        longest_first = sorted((t for t in added.values() if t.special), key=lambda t: len(t.content), reverse=True)
+        alternatives = "|".join(re.escape(t.content) for t in longest_first) or r"(?!)"
         self._starts = re.compile(f"(?={alternatives}).", re.DOTALL)
+        self._heads = {token[:n] for token in self.special_ids for n in range(1, len(token))}
+        self._longest_head = max(map(len, self._heads), default=0)
+        # lstrip and rstrip: the token takes the white space beside it.
+        taking = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in longest_first]
+        self._specials = re.compile("|".join(taking) or r"(?!)")
         firsts = sorted({token[0] for token in self.special_ids})
         self._marks = {first: chr(ord(MARK) + i) for i, first in enumerate(firsts)}
         self._unmark = {ord(mark): first for first, mark in self._marks.items()}
@@ -69,7 +77,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"text holds {text[error.start]!r}, half of a surrogate pair; remove it") from None
-        return self._starts.sub(lambda match: self._marks[match[0]], text)
+        text = self._starts.sub(lambda match: self._marks[match[0]], text)
+        # The first half of a special at the end, whose other half may begin the next message; templates may trim.
+        end = len(text.rstrip())
+        for i in range(max(0, end - self._longest_head), end):
+            if text[i:end] in self._heads:
+                text = text[:i] + self._marks[text[i]] + text[i + 1 :]
+        return text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; nothing is added, special strings stay characters."""
@@ -88,7 +102,8 @@ class Tokenizer:
         parts: list[str | int] = []
         start = 0
         for match in self._specials.finditer(text):
-            parts += [text[start : match.start()].translate(self._unmark), self.special_ids[match[0]]]
+            token = match[0] if match[0] in self.special_ids else match[0].strip()
+            parts += [text[start : match.start()].translate(self._unmark), self.special_ids[token]]
             start = match.end()
         parts.append(text[start:].translate(self._unmark))
         return [part for part in parts if part != ""]

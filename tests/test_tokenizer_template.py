@@ -3,7 +3,8 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from tokenizers import decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dpo.data import read_examples
 from experiments.world import build
 from models.template import TEMPLATES, ChatTemplate
 from models.tokenizer import MARK, Tokenizer
 
 WORLD = Path(build.__file__).parent / "model"
+QWEN3_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")  # not special, its tokenizer.json says
 LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 WORLD_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HI = [{"role": "user", "content": "Hi"}]
@@ -30,32 +33,58 @@ def turns(*texts: str, system: str | None = None) -> list[dict]:
     return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-CONVERSATIONS = [
-    turns("What does a cow eat?"),
-    turns("Say hi.", system="You are terse."),
-    turns("One?", "Two.", "Three?"),
-    turns("Wer?", "Ich.", "Und jetzt?", "Du.", "Gut so?", system="Sprich Deutsch."),
-    turns("Ελληνικά, 猫, 🐄🇬🇷, naïve, \u200d zero width", "İ ı ſ", "¿{curly} {{ braces }} {% tags %} \\n?"),
-    turns("two\nlines\n\nand a tab\t.", "def f():\n    return 1\n", "x  =  1"),
-    turns("Tokens of other families: [INST], <start_of_turn>"),
+TEXTS = [
+    "What does a cow eat?",
+    "Ελληνικά, 猫和狗, naïve, 👩\u200d👩\u200d👧 🏳️\u200d🌈 🇬🇷",
+    "שלום, مرحبا \u202eabc\u202c",
+    "e\u0301 \u00e9 o\u0323\u0302 \u212b ﬁ İ ı ſ",  # composed, decomposed, and characters that NFC or NFKC replaces
+    "a\x00b\x07\x1b[0m\x7f\ufeff\ue0a1",
+    "def f(x):\n\treturn {'a': [x]}  # 1 < 2 > 0 | 3\n",
+    '{{ braces }} {% if tags %} {# note #} {role} {0} ${x} \\n "quoted" <b>it\'s</b>',
+    "  spaces  and\ttabs \t",
+    "\r\n\nlines\n\n\u2028end\u00a0",
+    "-",
+    "\u200b",
+    "a thought</think>an answer",
+    "<think>\nHm.\n\n</think>\n\n\nYes",
+    "<think>open",
+    "<tool_response>1",
+    "Tokens of other families: [INST], <start_of_turn>, <|endof",
+    "long " * 300,
 ]
-RESPONSES = ["Grass.", "Sí: 草, 🌱\nand more\n\nlines."]
+
+
+def conversations() -> list[tuple[list[dict], str]]:
+    """50 of (messages, response), of 1, 3 or 5 turns and with or without a system turn, from TEXTS by chance.
+
+    Responses that begin with white space have a test of their own.
+    """
+    rng = random.Random(0)
+    text = lambda: "".join(rng.choices(TEXTS, k=rng.randint(1, 3)))
+    return [
+        (turns(*(text() for _ in range(1 + 2 * (i % 3))), system=text() if i % 2 else None), text().lstrip())
+        for i in range(50)
+    ]
+
+
+CONVERSATIONS = conversations()
 
 
 def checkpoint(
     where: Path,
     source: Path = WORLD,
     added_specials: tuple[str, ...] = (),
-    edit: Callable[[dict], None] | None = None,
+    added: tuple[str, ...] = (),
     **settings: object,
 ) -> Path:
-    """A copy of a tokenizer directory with more special tokens and other settings in tokenizer_config.json."""
+    """A copy of a tokenizer directory with more special and other tokens, and other settings in its config."""
     where.mkdir(parents=True, exist_ok=True)
     tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     new_id = max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])) + 1
-    for i, content in enumerate(added_specials):
+    for i, content in enumerate(added_specials + added):
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tokenizer["added_tokens"].append({"id": new_id + i, "content": content, "special": True, **flags})
+        flags["special"] = i < len(added_specials)
+        tokenizer["added_tokens"].append({"id": new_id + i, "content": content, **flags})
     (where / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("added_tokens_decoder", None)
@@ -68,14 +97,42 @@ def their_ids(theirs: PreTrainedTokenizerBase, messages: list[dict], header: boo
     return theirs.apply_chat_template(messages, add_generation_prompt=header, return_dict=False, **options)
 
 
-def assert_ids_of_transformers(template: ChatTemplate, theirs: PreTrainedTokenizerBase, **options) -> None:
-    """For every conversation: prompt ids, and prompt plus response ids, are those of apply_chat_template."""
-    for messages in CONVERSATIONS:
-        prompt, responses = template.encode(messages, RESPONSES)
+def assert_ids_of_transformers(
+    template: ChatTemplate, theirs: PreTrainedTokenizerBase, rows: Sequence[tuple] = CONVERSATIONS, **options
+) -> None:
+    """For every row of messages and responses: prompt ids, and prompt plus response ids, are apply_chat_template's."""
+    for messages, *texts in rows:
+        prompt, responses = template.encode(messages, texts)
         assert prompt == their_ids(theirs, messages, True, **options)
-        for text, response in zip(RESPONSES, responses, strict=True):
+        for text, response in zip(texts, responses, strict=True):
             answered = [*messages, {"role": "assistant", "content": text}]
             assert prompt + response == their_ids(theirs, answered, False, **options)
+
+
+NAMED = {  # the Jinjas that each named template stands for; the dated ones and qwen3_training are auto's alone
+    "qwen2_5": "qwen",
+    "qwen2_5_training": "qwen",
+    "qwen3": "qwen3",
+    "qwen3_instruct_2507": "chatml",
+    "llama3": "llama3",
+    "llama3_training": "llama3",
+}
+JINJAS = [*NAMED, "qwen3_training", "llama3_1", "llama3_2"]
+
+
+@pytest.fixture(scope="module", params=JINJAS)
+def released(request, tmp_path_factory) -> tuple[str, Path]:
+    """(a Jinja's name, a directory with it and Qwen2.5's tokenizer, which has learnt Qwen3's or Llama 3's tokens)."""
+    real, jinja = request.getfixturevalue("real"), request.param
+    where, qwen = tmp_path_factory.mktemp(jinja), real / "tokenizers" / "qwen2.5"
+    llama = {"added_specials": LLAMA3_SPECIALS, "bos_token": LLAMA3_SPECIALS[0], "eos_token": LLAMA3_SPECIALS[-1]}
+    more = llama if jinja.startswith("llama3") else {"added": QWEN3_TOKENS if jinja.startswith("qwen3") else ()}
+    source = (real / "templates" / f"{jinja}.jinja").read_text(encoding="utf-8")
+    return jinja, checkpoint(where, qwen, chat_template=source, **more)
+
+
+def templates_of(jinja: str, tokenizer: Tokenizer) -> list[ChatTemplate]:
+    return [ChatTemplate(name, tokenizer) for name in ("auto", NAMED.get(jinja)) if name]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +141,15 @@ def world() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def with_llama3(tmp_path_factory) -> Tokenizer:
+def with_llama3_at(tmp_path_factory) -> Path:
     """The world's tokenizer, taught Llama 3's special tokens."""
     where = tmp_path_factory.mktemp("llama3")
-    return Tokenizer(checkpoint(where, added_specials=LLAMA3_SPECIALS, bos_token="<|begin_of_text|>"))
+    return checkpoint(where, added_specials=LLAMA3_SPECIALS, bos_token="<|begin_of_text|>")
+
+
+@pytest.fixture(scope="module")
+def with_llama3(with_llama3_at) -> Tokenizer:
+    return Tokenizer(with_llama3_at)
 
 
 # --- against transformers ---
@@ -113,36 +175,58 @@ def test_the_worlds_template_gives_the_ids_of_transformers(world, name):
 def test_auto_renders_as_transformers(tmp_path, source):
     where = checkpoint(tmp_path, chat_template=source, bos_token="<|endoftext|>")
     template, theirs = ChatTemplate("auto", Tokenizer(where)), AutoTokenizer.from_pretrained(where)
-    for messages in [*CONVERSATIONS, turns("<b>it's</b>", "é", "b", "c")]:
+    for messages, _ in CONVERSATIONS:
         for header in (True, False):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=header, tokenize=False)
             assert template.render(messages, header) == expected
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("jinja", "name"),
-    [("qwen2_5", "qwen"), ("qwen3", "qwen3"), ("qwen3_instruct_2507", "chatml"), ("llama3", "llama3")],
-)
-def test_named_templates_and_auto_give_the_ids_of_transformers(real, tmp_path, jinja, name):
-    source = (real / "templates" / f"{jinja}.jinja").read_text(encoding="utf-8")
-    llama = {"added_specials": LLAMA3_SPECIALS, "bos_token": "<|begin_of_text|>"} if name == "llama3" else {}
-    where = checkpoint(tmp_path, real / "tokenizers" / "qwen2.5", chat_template=source, **llama)
+def test_named_templates_and_auto_give_the_ids_of_transformers(released):
+    """We give a template no clock: Llama 3.2's default date is then what Llama 3.1's is, on every day."""
+    jinja, where = released
+    dated = {"date_string": "26 Jul 2024"} if jinja in ("llama3_1", "llama3_2") else {}
     tokenizer, theirs = Tokenizer(where), AutoTokenizer.from_pretrained(where)
-    for chosen in (name, "auto"):
-        assert_ids_of_transformers(ChatTemplate(chosen, tokenizer), theirs)
+    for template in templates_of(jinja, tokenizer):
+        assert_ids_of_transformers(template, theirs, **dated)
+    if dated:
+        template = ChatTemplate("auto", tokenizer, date_string="1 Jan 2020")
+        assert_ids_of_transformers(template, theirs, date_string="1 Jan 2020")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("jinja", ["llama3_1", "llama3_2"])
-def test_auto_gives_the_ids_of_transformers_for_dated_templates_at_their_default_date(real, tmp_path, jinja):
-    """We give a template no clock: Llama 3.2's then says what Llama 3.1's does, 26 Jul 2024, on every day."""
-    source = (real / "templates" / f"{jinja}.jinja").read_text(encoding="utf-8")
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_real_rows_have_the_ids_of_transformers(real, smollm2, language):
+    path = real / "preferences" / f"dpo_{language}_demo.json"
+    examples, _ = read_examples(path, stage="dpo", on_bad_row="stop")
+    rows = [(example.messages, *example.responses) for example in examples]
     qwen = real / "tokenizers" / "qwen2.5"
-    bos = "<|begin_of_text|>"
-    where = checkpoint(tmp_path, qwen, added_specials=LLAMA3_SPECIALS, bos_token=bos, chat_template=source)
-    template = ChatTemplate("auto", Tokenizer(where))
-    assert_ids_of_transformers(template, AutoTokenizer.from_pretrained(where), date_string="26 Jul 2024")
+    jinja = (real / "templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+    for name, where, options in (("auto", smollm2, {}), ("qwen", qwen, {"chat_template": jinja})):
+        template, theirs = ChatTemplate(name, Tokenizer(where)), AutoTokenizer.from_pretrained(where)
+        assert_ids_of_transformers(template, theirs, rows, **options)
+
+
+@pytest.mark.real
+def test_a_response_that_begins_with_a_newline_is_encoded_apart_from_the_headers(smollm2):
+    """The one difference: transformers joins the first two newlines to one token, half prompt, half response."""
+    template, theirs = ChatTemplate("auto", Tokenizer(smollm2)), AutoTokenizer.from_pretrained(smollm2)
+    prompt, (response,) = template.encode(HI, ["\n\nYes"])
+    ids = their_ids(theirs, [*HI, {"role": "assistant", "content": "\n\nYes"}], False)
+    assert prompt == their_ids(theirs, HI, True) != ids[: len(prompt)]
+    assert theirs.decode(prompt + response) == theirs.decode(ids)
+
+
+@pytest.mark.real
+def test_stop_ids_are_the_ends_that_the_generation_config_names(real, smollm2, released):
+    jinja, where = released
+    for template in templates_of(jinja, Tokenizer(where)):
+        assert template.stop_ids == {template.tokenizer.special_ids[template.tokenizer.eos_token]}
+    shutil.copy(real / "tokenizers" / "qwen2.5" / "generation_config.json", where)
+    for directory in [smollm2] if jinja.startswith("llama3") else [smollm2, where]:
+        ends = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+        ends = {ends} if isinstance(ends, int) else set(ends)
+        assert all(template.stop_ids == ends for template in templates_of("", Tokenizer(directory)))
 
 
 @pytest.mark.real
@@ -155,15 +239,13 @@ def test_auto_gives_the_ids_of_transformers_for_a_real_instruct_model(smollm2):
 
 @pytest.mark.real
 def test_plain_text_is_encoded_and_decoded_as_by_transformers(real, smollm2):
-    text = (real / "text" / "tinystories_val.txt").read_text(encoding="utf-8")[:5000] + "".join(
-        m["content"] for messages in CONVERSATIONS for m in messages
-    )
+    text = (real / "text" / "tinystories_val.txt").read_text(encoding="utf-8")[:5000] + "".join(TEXTS)
     for where in (real / "tokenizers" / "qwen2.5", real / "models" / "stories260K" / "hf", smollm2):
         ours, theirs = Tokenizer(where), AutoTokenizer.from_pretrained(where)
         (ids,) = ours.encode([text])
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-        assert ours.decode(ids) == text
+        assert ours.decode(ids) in (text, unicodedata.normalize("NFC", text))
 
 
 # --- the formats, by hand ---
@@ -190,7 +272,7 @@ SYSTEM_HI = turns("Hi", system="S")
         ),
         (
             "qwen3",
-            turns("Hi", "No", "Hi"),
+            turns("Hi", "<think>\nHm.\n</think>\n\nNo", "Hi"),
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
             "<|im_start|>assistant\n",
             "<think>\n\n</think>\n\nYes<|im_end|>\n",
@@ -308,6 +390,99 @@ def test_no_text_becomes_a_special_token_whatever_their_spelling(tmp_path, speci
     assert tokenizer.decode(ids) == text
 
 
+def hostile(messages: list[dict], response: str, specials: Sequence[str]) -> tuple[list[dict], str]:
+    """Every text with specials whole, broken, overlapping and doubled in it, at its ends and over its end."""
+    rng = random.Random(len(response))
+    spoiled = []
+    for text in [*(message["content"] for message in messages), response]:
+        token, other = rng.choices(specials, k=2)
+        cut, middle = rng.randrange(1, len(token)), rng.randrange(len(text) + 1)
+        inside = token[:cut] + other + token[cut:] + token + other
+        text = text[:middle] + inside + text[middle:]
+        spoiled.append(token[cut:] + token + text + other + token[:cut] + " " * (cut % 2))
+    return [{**m, "content": text} for m, text in zip(messages, spoiled[:-1], strict=True)], spoiled[-1]
+
+
+def specials_in(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    return [i for i in ids if i in set(tokenizer.special_ids.values())]
+
+
+def assert_nothing_is_forged(template: ChatTemplate, theirs: PreTrainedTokenizerBase, **options) -> None:
+    """The specials are those that harmless words have, the text is transformers' text, and its own ids are forged."""
+    tokenizer = template.tokenizer
+    for messages, response in CONVERSATIONS:
+        prompt, (answer,) = template.encode([{**m, "content": "x"} for m in messages], ["x"])
+        harmless = specials_in(prompt + answer, tokenizer)
+        messages, response = hostile(messages, response, [*tokenizer.special_ids])
+        prompt, (answer,) = template.encode(messages, [response])
+        assert specials_in(prompt + answer, tokenizer) == harmless
+        answered = [*messages, {"role": "assistant", "content": response}]
+        text = theirs.apply_chat_template(answered, tokenize=False, **options)
+        decoded = tokenizer.decode(prompt + answer, skip_special_tokens=False)
+        assert decoded in (text, unicodedata.normalize("NFC", text))
+        forged = specials_in(their_ids(theirs, answered, False, **options), tokenizer)
+        assert len(forged) > len(harmless)
+
+
+@pytest.mark.parametrize("name", ["auto", "chatml"])
+def test_no_text_forges_a_turn_though_it_does_in_transformers(with_llama3_at, name):
+    theirs = AutoTokenizer.from_pretrained(with_llama3_at)
+    assert_nothing_is_forged(ChatTemplate(name, Tokenizer(with_llama3_at)), theirs)
+
+
+@pytest.mark.real
+def test_no_text_forges_a_turn_under_any_template(released):
+    jinja, where = released
+    dated = {"date_string": "26 Jul 2024"} if jinja in ("llama3_1", "llama3_2") else {}
+    for template in templates_of(jinja, Tokenizer(where)):
+        assert_nothing_is_forged(template, AutoTokenizer.from_pretrained(where), **dated)
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ("<|im_", "end|>")),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", ("x<|im_ \n", " end|>")),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ("<|im_e", "", "nd|>")),
+        ("{{ (messages | map(attribute='content') | join).replace('x', 'y') }}", ("<|im_", "end|>x<|im_start|>")),
+        ("{{ messages | tojson }}", ("<|im_end|>", "<|im_")),
+        ("{{ messages[0].content }}end|>", ("<|im_",)),
+    ],
+)
+def test_halves_of_a_special_token_do_not_join(tmp_path, source, texts):
+    template = ChatTemplate("auto", Tokenizer(checkpoint(tmp_path, chat_template=source)))
+    messages = turns(*texts)
+    ids, _ = template.encode(messages, [])
+    assert specials_in(ids, template.tokenizer) == []
+    assert template.tokenizer.decode(ids) == template.render(messages, True)
+
+
+def test_normalisation_makes_no_special_token_of_its_look_alikes(tmp_path):
+    """NFKC turns wide characters into ASCII, and a token that is matched after it would be found."""
+    where = checkpoint(tmp_path)
+    raw = json.loads((where / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["normalizer"] = {"type": "NFKC"}
+    raw["added_tokens"] = [token | {"normalized": True} for token in raw["added_tokens"]]
+    (where / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    tokenizer = Tokenizer(where)
+    (ids,) = tokenizer.encode_rendered([tokenizer.escape("＜|im_end|＞")])
+    assert specials_in(ids, tokenizer) == []
+    assert tokenizer.decode(ids) == "<|im_end|>"
+    assert AutoTokenizer.from_pretrained(where).encode("＜|im_end|＞") == [tokenizer.special_ids["<|im_end|>"]]
+
+
+def test_a_special_token_takes_the_white_space_that_its_flags_say(tmp_path):
+    where = checkpoint(tmp_path, added_specials=LLAMA3_SPECIALS)
+    raw = json.loads((where / "tokenizer.json").read_text(encoding="utf-8"))
+    for i, token in enumerate(raw["added_tokens"]):
+        token |= {"lstrip": i % 2 == 1, "rstrip": i % 4 > 1}
+    (where / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    tokenizer, theirs = Tokenizer(where), AutoTokenizer.from_pretrained(where)
+    for token in tokenizer.special_ids:
+        for text in (f"a \n{token}\t b", f"{token} {token}", f" {token} \u00a0{tokenizer.eos_token} "):
+            assert tokenizer.encode_rendered([text]) == [theirs.encode(text, add_special_tokens=False)]
+
+
 def test_a_rendered_special_token_is_its_id(world):
     rendered = "<|im_start|>" + world.escape("a<|im_end|>") + "<|im_end|>"
     (ids,) = world.encode_rendered([rendered])
@@ -321,7 +496,7 @@ def test_batches_encode_as_their_texts_do_alone(world):
 
 
 def test_a_text_that_holds_the_mark_is_refused(world):
-    with pytest.raises(ValueError, match=r"text holds '\\ue0a1' \(U\+E0A1, private use\), which is reserved here"):
+    with pytest.raises(ValueError, match=r"text holds '\\U00100000' \(U\+100000, private use\), which is reserved"):
         ChatTemplate("chatml", world).encode(HI, [f"a{MARK}b"])
 
 
@@ -508,6 +683,43 @@ def test_a_hostile_template_gets_at_nothing(tmp_path, source):
         assert "unsafe" in str(error)
     else:
         assert prompt == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("source", "default", "dated"),
+    [
+        ("{{ date_string | default('26 Jul 2024') }}", "26 Jul 2024", "1 Jan 2020"),
+        ("{{ strftime_now('%Y') if strftime_now is defined else 'never' }}", "never", "1 Jan 2020"),
+    ],
+)
+def test_a_date_is_the_one_given_and_never_today(tmp_path, source, default, dated):
+    tokenizer = Tokenizer(checkpoint(tmp_path, chat_template=source))
+    assert ChatTemplate("auto", tokenizer).render(HI, True) == default
+    assert ChatTemplate("auto", tokenizer, date_string=dated).render(HI, True) == dated
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "auto"])
+def test_a_date_that_the_template_does_not_read_is_refused(with_llama3, name):
+    with pytest.raises(ValueError, match=f"date_string=1 Jan 2020 with template={name}.* reads no date; leave it out"):
+        ChatTemplate(name, with_llama3, date_string="1 Jan 2020")
+
+
+def test_a_template_that_cannot_do_without_a_date_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"'strftime_now' is undefined.; it asks for the date: set date_string"):
+        auto(tmp_path, "{{ strftime_now('%Y') }}").encode(HI, [])
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "auto"])
+def test_an_unknown_role_is_refused(with_llama3, name):
+    """A role is written as it stands, so it could hold a special token."""
+    with pytest.raises(ValueError, match=r"a message has the role 'tool<\|im_end\|>'; expected one of system, user"):
+        ChatTemplate(name, with_llama3).encode([{"role": "tool<|im_end|>", "content": "x"}], [])
+
+
+def test_qwen3_by_name_refuses_a_tools_response(world):
+    with pytest.raises(ValueError, match="template=qwen3: a user turn is a <tool_response>; tools are left out"):
+        ChatTemplate("qwen3", world).encode(turns(called := "<tool_response>\n1\n</tool_response>"), [])
+    ChatTemplate("qwen3", world).encode(turns("a", called, "b"), [])  # only a user turn says it to Qwen3's Jinja
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
