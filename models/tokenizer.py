@@ -9,13 +9,14 @@ text may use. Out of reach: a template that rewrites the inside of a message (ch
 halves of a special), or that writes a special's first half right before a message.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
+
+from models.config import read_json
 
 # Stands for the first character of a special token's string inside a message (the next code points for other first
 # characters), and is turned back before encoding: see escape(). Of the last plane, where no font has put its icons.
@@ -136,10 +137,7 @@ class Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
