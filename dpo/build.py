@@ -18,9 +18,9 @@ from models.lora import inject_lora, load_adapter, read_adapter_config
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
-from models.weights import choose_dtype, load_model, resolve_model_dir, weight_files
+from models.weights import WORLD, choose_dtype, load_model, resolve_model_dir, weight_files
 
-WORLD = Path(__file__).parent.parent / "experiments" / "world"
+model_dir = lru_cache(resolve_model_dir)  # a hub name would ask the network at every call
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,6 @@ class Rows:
     train: list[Encoded]
     evaluation: list[Encoded]
     skipped: list[str]
-
-
-@lru_cache  # a hub name would ask the network at every call
-def model_dir(name_or_path: str) -> Path:
-    """The directory of a model: `world` is the built-in one, anything else a directory or a hub name."""
-    return WORLD / "model" if name_or_path == "world" else resolve_model_dir(name_or_path)
 
 
 def build_template(cfg: DictConfig) -> ChatTemplate:

@@ -38,13 +38,19 @@ COMPANIONS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 
-
+# The built-in world: its model, and beside it the data that dpo trains on.
+WORLD = Path(__file__).parent.parent / "experiments" / "world"
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 NOT_FETCHED = ["consolidated*", "original/*"]  # the same weights once more, in their authors' own format
 
 
 def resolve_model_dir(name_or_path: str) -> Path:
-    """A local directory as it is; any other name is fetched from the Hugging Face hub, safetensors and text only."""
+    """`world` is the built-in model, a local directory stands for itself, and any other name is fetched from the hub.
+
+    Of what the Hugging Face hub has, safetensors and text only.
+    """
+    if name_or_path == "world":
+        return WORLD / "model"
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
