@@ -49,7 +49,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,
     "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
     "upcast_layernorm": ANY, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0, "packing": False, "deepspeed": None,
-    "quantization_bit": None, "additional_target": None, "use_dora": False,
+    "quantization_bit": None, "additional_target": None, "use_dora": False, "infer_backend": "huggingface",
 }  # fmt: skip
 
 
@@ -195,6 +195,7 @@ def _check_key(key: str, value: Any, schema: type) -> None:
 def _type_of(schema: type, key: str) -> str:
     """The type of a key, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+    words["list[str]"] = "a list like [a,b]"
     kind = next(f.type for f in fields(schema) if f.name == key)
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     return " or ".join(words[part] for part in name.split(" | "))
