@@ -10,6 +10,7 @@ import eval as eval_entry
 import train as train_entry
 from dpo.config import EvalConfig, TrainConfig
 from models.command import expand_arguments
+from models.chat import ChatConfig
 from models.export import ExportConfig
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,7 @@ COMMANDS = [
 ROOTS = {
     "train.py": ("config", TrainConfig),
     "eval.py": ("eval", EvalConfig),
+    "models.chat": ("chat", ChatConfig),
     "models.export": ("export", ExportConfig),
 }
 
