@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 import eval as eval_entry
 import train as train_entry
 from dpo.config import EvalConfig, TrainConfig
-from models.command import expand_arguments
 from models.chat import ChatConfig
+from models.command import expand_arguments
 from models.export import ExportConfig
 
 ROOT = Path(__file__).parent.parent
