@@ -27,8 +27,10 @@ class Sampling:
     min_p: float
 
     def __post_init__(self) -> None:
+        t = self.temperature
         for name, rule, holds in (
-            ("temperature", "must not be negative", 0 <= self.temperature < float("inf")),
+            # Below, a float32 logit over the temperature can be infinite.
+            ("temperature", "must be 0, which is greedy, or 1e-6 or more", t == 0 or 1e-6 <= t < float("inf")),
             ("top_k", "must not be negative; 0 keeps every token", self.top_k >= 0),
             ("top_p", "must be above 0 and at most 1, which keeps every token", 0 < self.top_p <= 1),
             ("min_p", "must be at least 0, which keeps every token, and at most 1", 0 <= self.min_p <= 1),
@@ -43,12 +45,18 @@ DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
-    """(N,) token ids; uniform_N in [0, 1) decides each draw."""
+    """(N,) token ids; uniform_N in [0, 1) decides each draw. Raises ValueError for logits that are no distribution."""
+    largest_N, likeliest_N = logits_NV.max(-1)
+    if not largest_N.isfinite().all():
+        raise ValueError(
+            "next-token logits whose largest is NaN or infinite: nothing can be chosen by them; are the weights sound, "
+            "and does the model overflow in float16 (bf16=true does not)?"
+        )
     if sampling.temperature == 0:
-        return logits_NV.argmax(-1)
+        return likeliest_N
     p_NV = probabilities(logits_NV, sampling)
     # float64, or fifty thousand small terms would lose the tail. The last step guards against a total just below u.
-    cumulative_NV = p_NV.double().cumsum(-1)
+    cumulative_NV = p_NV.cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative_NV, uniform_N.double()[:, None] * cumulative_NV[:, -1:], right=True)
     return drawn[:, 0]
 
