@@ -6,7 +6,7 @@ outputs are those of `Linear` to rounding: the same sums in another order. Adapt
 because a small update that is added to a bfloat16 weight is rounded away.
 
 The copy costs the model's size while it lives. Originals that are mapped from their file need not stay in memory
-meanwhile. On other devices than the CPU nothing is packed.
+meanwhile. Nothing is packed on other devices than the CPU, and where oneDNN is missing or has no kernel for the dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class Packed:
 @contextmanager
 def packed(model: Transformer) -> Iterator[None]:
     """Within the block, products with the model's weights, as they are at its start, are faster. Without gradients."""
-    if model.packed_head is not None or model.device.type != "cpu" or model.dtype == torch.float64:
+    if model.packed_head is not None or model.device.type != "cpu" or not _has_kernel(model.dtype):
         yield  # an outer block has packed it, or there is no kernel for it
         return
     groups = list(_sharing_an_input(model))
@@ -50,6 +50,15 @@ def packed(model: Transformer) -> Iterator[None]:
         for layers in groups:
             layers[0].packed = None
         model.packed_head = None
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """By trial: float64 has none, float16 none before the newest CPUs, bfloat16 none on old ones."""
+    try:
+        Packed([torch.zeros(1, 1)], [], dtype)(torch.zeros(1, 1, dtype=dtype))
+    except (AttributeError, RuntimeError):  # the first where PyTorch lacks these functions
+        return False
+    return True
 
 
 def _sharing_an_input(model: Transformer) -> Iterator[list[Linear]]:
