@@ -8,6 +8,7 @@ Shapes: T tokens, P prompts, N = P n samples, D width, V vocabulary, M new token
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,15 @@ def generate(
 ) -> list[Completion]:
     """`samples` continuations of every prompt, prompt after prompt, each with its seed of `seeds`.
 
-    batch_size: prompts computed at once; those of similar length go together.
+    batch_size: prompts computed at once; those of similar length go together. Dropout is off meanwhile.
     """
+    limits = (("samples", samples, 1), ("max_new_tokens", max_new_tokens, 0), ("batch_size", batch_size, 1))
+    for name, value, least in limits:
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
     if len(seeds) != len(prompts) * samples:
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts of {samples} samples: expected one for each")
+    check_ids(model, prompts)
     results = [Completion([], "length") for _ in seeds]
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
 
@@ -63,7 +69,7 @@ def generate(
         result.finish_reason = "stop"
         return True
 
-    with packed(model):
+    with _decoding(model):
         for first in range(0, len(prompts), batch_size):
             batch = by_length[first : first + batch_size]
             # Of each prompt in the batch, its samples' places in results.
@@ -95,13 +101,36 @@ def stream_tokens(
     seed: int,
 ) -> Iterator[int]:
     """The tokens of one continuation as they are chosen."""
-    with packed(model):
+    check_ids(model, [prompt])
+    with _decoding(model):
         decoder = Decoder(model, [prompt], [[seed]], sampling, max_new_tokens)
         for _ in range(max_new_tokens):
             (token,) = decoder.next_tokens()
             if token in stop_ids:
                 return
             yield token
+
+
+@contextmanager
+def _decoding(model: Transformer) -> Iterator[None]:
+    """Weights packed and dropout off: with it, a sample would come from another model at each of its tokens."""
+    training = model.training
+    model.eval()
+    try:
+        with packed(model):
+            yield
+    finally:
+        model.train(training)
+
+
+def check_ids(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a token id that the model has no embedding for."""
+    size = model.config.vocab_size
+    outside = [token for prompt in prompts for token in prompt if not 0 <= token < size]
+    if outside:
+        raise ValueError(
+            f"token id {outside[0]} in a prompt: the model has 0 to {size - 1}; is the tokenizer another model's?"
+        )
 
 
 class StopStrings:
