@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from models.generate import generate, stream_tokens
+from models.generate import StopStrings, generate, stream_tokens
 from models.lora import inject_lora, lora_layers
 from models.sampling import DRAWN, GREEDY
 from models.stream import pack
@@ -215,7 +215,114 @@ def test_a_prompt_with_a_token_that_the_model_does_not_have_is_refused(pair, tok
         list(stream_tokens(pair[0], [token], max_new_tokens=2, stop_ids=(), sampling=GREEDY, seed=0))
 
 
+# --- watching ---
+
+
+def test_a_watch_sees_every_token_but_stop_tokens_and_ends_its_sample_alone(pair):
+    """It ends the second sample at its third token; the first token of the first answer is a stop token."""
+    ours, _ = pair
+    free = ids_of(ours, PROMPTS, max_new_tokens=LENGTH, stop_ids=())
+    stop = free[0][0]
+    assert not any(stop in answer for answer in free[1:])
+    seen: dict[int, list[list[int]]] = {}
+
+    def watch(sample: int, ids: list[int]) -> bool:
+        seen.setdefault(sample, []).append(list(ids))
+        return sample == 1 and len(ids) == 3
+
+    results = generate(
+        ours, PROMPTS, samples=1, max_new_tokens=LENGTH, stop_ids={stop}, sampling=GREEDY, seeds=range(4),
+        batch_size=3, watch=watch,
+    )  # fmt: skip
+    assert [result.ids for result in results] == [[], free[1][:3], free[2], free[3]]
+    assert [result.finish_reason for result in results] == ["stop", "stop", "length", "length"]
+    assert seen == {s: [results[s].ids[: i + 1] for i in range(len(results[s].ids))] for s in (1, 2, 3)}
+
+
+def test_a_stop_at_the_last_token_is_a_stop(pair):
+    ours, _ = pair
+    (free,) = ids_of(ours, PROMPTS[:1], max_new_tokens=LENGTH, stop_ids=())
+    last = free.index(free[-1])
+    for stop_ids, watch in (({free[last]}, None), ((), lambda sample, ids: len(ids) == last + 1)):
+        (result,) = generate(
+            ours, PROMPTS[:1], samples=1, max_new_tokens=last + 1, stop_ids=stop_ids, sampling=GREEDY, seeds=[0],
+            batch_size=1, watch=watch,
+        )  # fmt: skip
+        assert result.finish_reason == "stop"
+
+
+def test_an_error_in_a_watch_leaves_the_model_as_it_was(pair, tmp_path):
+    pair[1].save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu")).train()
+    with pytest.raises(ZeroDivisionError):
+        ids_of(model, PROMPTS, max_new_tokens=2, stop_ids=(), watch=lambda sample, ids: bool(1 / 0))
+    assert model.packed_head is None
+    assert model.training
+
+
+# --- stop strings ---
+
+WORLD = Path(__file__).parent.parent / "experiments" / "world" / "model"
+TEXT = "Water: n\u1ea5u 90 \u00b0C, \U0001f375\U0001f375\U0001f9c9 tea.\n\nUser: and coffee?"
+STOPPING = [
+    ["W"], ["Water"], ["\u1ea5"], ["\U0001f9c9"], ["\U0001f375\U0001f9c9 t"], ["\n\nUser:"], ["coffee?"], ["nothing"],
+    [TEXT], ["zzz", "tea", " 90 "], ["C, \U0001f375"], [],
+]  # fmt: skip
+
+
+def assert_ends_as_soon_as_its_text_holds_a_stop_string(tokenizer: Tokenizer, strings: list[str]) -> None:
+    (ids,) = tokenizer.encode([TEXT])
+    stop = StopStrings(strings, tokenizer)
+    texts = [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+    assert [stop(0, ids[: n + 1]) for n in range(len(ids))] == [any(s in text for s in strings) for text in texts]
+    assert texts[-1] == TEXT
+
+
+@pytest.mark.parametrize("strings", STOPPING)
+def test_a_sample_ends_as_soon_as_its_text_holds_a_stop_string(strings):
+    """With a vocabulary of 800, in which a character can be four tokens and a word ten."""
+    assert_ends_as_soon_as_its_text_holds_a_stop_string(Tokenizer(WORLD), strings)
+
+
+def test_a_stop_string_is_found_across_tokens_without_text():
+    tokenizer = Tokenizer(WORLD)
+    start, end = tokenizer.encode(["User", ": x"])
+    invisible = [tokenizer.special_ids["<|im_start|>"]] * 100
+    stop = StopStrings(["User:"], tokenizer)
+    assert not stop(0, start + invisible)
+    assert stop(0, start + invisible + end)
+
+
+def test_one_watch_serves_several_calls_and_samples():
+    tokenizer = Tokenizer(WORLD)
+    stop = StopStrings(["Water"], tokenizer)
+    (ids,) = tokenizer.encode(["Water"])
+    assert stop(0, ids)
+    assert not stop(0, ids[:1])
+    assert not stop(1, ids[1:])
+
+
+def test_the_cut_is_before_the_first_stop_string():
+    stop = StopStrings(["tea", "\U0001f375", "none"], Tokenizer(WORLD))
+    assert stop.cut(TEXT) == "Water: n\u1ea5u 90 \u00b0C, "
+    assert stop.cut("tea and tea") == ""
+    assert stop.cut("coffee") == "coffee"
+    assert StopStrings([], Tokenizer(WORLD)).cut(TEXT) == TEXT
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="stop string '': must not be empty"):
+        StopStrings(["a", ""], Tokenizer(WORLD))
+
+
 # --- on real models ---
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("strings", STOPPING)
+def test_stop_strings_are_found_by_real_tokenizers(real, smollm2, strings):
+    for where in (real / "tokenizers" / "qwen2.5", smollm2, real / "models" / "stories260K" / "hf"):
+        assert_ends_as_soon_as_its_text_holds_a_stop_string(Tokenizer(where), strings)
 
 
 @pytest.mark.real
