@@ -16,7 +16,7 @@ from models.transformer import Transformer
 
 # Shorter and longer than the windows (2 to 4), and than the original context of the scaled ropes (16).
 PROMPTS = [[5, 9, 2, 7, 36, 1], [3], [8, 8, 30, 4, *range(10, 26)], [22, 21]]
-STEPS = 14
+STEPS = 10
 STOPS = range(0, 37, 5)
 HOT = Sampling(temperature=2.0, top_k=20, top_p=0.95, min_p=0.01)
 
@@ -117,7 +117,7 @@ def test_the_most_likely_tokens_are_those_of_the_slow_decoder_in_every_family(mo
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
 def test_drawn_tokens_are_those_of_the_slow_decoder_for_any_samples_and_batch(qwen, kept, samples, batch_size):
     assert_equals_slow_generation(qwen, batch_size=batch_size, samples=samples, sampling=HOT, stop_ids=STOPS)
     assert kept or batch_size == 1

@@ -137,12 +137,27 @@ def test_gradients_after_the_block_are_those_of_a_model_never_packed(directories
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# --- where there is no kernel ---
-
-
-def answers(model: Transformer) -> list[list[int]]:
-    options = {"samples": 1, "max_new_tokens": 6, "stop_ids": (), "sampling": GREEDY, "batch_size": 3, "seeds": [0] * 3}
+def answers(model: Transformer, **options) -> list[list[int]]:
+    options |= {
+        "samples": 1,
+        "max_new_tokens": 6,
+        "stop_ids": (),
+        "sampling": GREEDY,
+        "batch_size": 3,
+        "seeds": [0] * 3,
+    }
     return [completion.ids for completion in generate(model, PROMPTS, **options)]
+
+
+def test_generating_packs_for_its_length(directories):
+    model = load(directories["qwen3"])
+    seen = []
+    answers(model, watch=lambda *_: seen.append(is_packed(model)) is not None)
+    assert seen == [True] * 18
+    assert not is_packed(model)
+
+
+# --- where there is no kernel ---
 
 
 def test_float64_stays_unpacked(directories):
