@@ -194,6 +194,7 @@ def test_no_prompts_have_no_continuations(pair):
     ("options", "message"),
     [
         ({"seeds": [1, 2, 3]}, "3 seeds for 4 prompts of 1 samples: expected one for each"),
+        ({"seeds": [1, 2, 3, 4, 5]}, "5 seeds for 4 prompts of 1 samples: expected one for each"),
         ({"samples": 2}, "4 seeds for 4 prompts of 2 samples"),
         ({"samples": 0, "seeds": []}, "samples=0: must be at least 1"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),

@@ -103,10 +103,12 @@ def test_evenly_spread_draws_come_as_often_as_their_probability():
     assert 5 < (p_V > 0).sum() < 30
 
 
-def test_of_fifty_thousand_equal_tokens_each_is_drawn_in_its_place():
-    n = 50_000
-    places = range(49, n, 1000)
-    assert tokens([0.0] * n, [(i + 0.5) / n for i in places]) == list(places)
+def test_a_likely_token_does_not_hide_the_unlikely_ones_after_it():
+    """A token of weight 1, then a thousand of weight 1e-9, each drawn by the middle of its place; float32 has 6e-8."""
+    logits_V = torch.tensor([1.0] + [1e-9] * 1000, dtype=torch.float64).log()
+    place = torch.arange(1, 1001)
+    draws = (1 + (place - 0.5).double() * 1e-9) / (1 + 1e-6)
+    assert choose(logits_V.expand(1000, -1), DRAWN, draws).tolist() == place.tolist()
 
 
 def test_no_draw_lies_beyond_probabilities_whose_rounded_sum_is_below_it():
