@@ -344,7 +344,7 @@ def test_a_model_can_be_named_by_its_group():
 
 
 MISTAKES = {
-    "temperature=-1": "temperature=-1.0: must not be negative",
+    "temperature=-1": "temperature=-1.0: must be 0, which is greedy",
     "top_k=-1": "top_k=-1: must not be negative",
     "top_p=0": "top_p=0.0: must be above 0 and at most 1",
     "min_p=2": "min_p=2.0: must be at least 0",
