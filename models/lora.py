@@ -47,7 +47,7 @@ class LoRALinear(Linear):
         self, base: Linear, rank: int, alpha: float, dropout: float, use_rslora: bool, generator: torch.Generator
     ):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.packed = base.weight, base.bias, base.packed
+        self.weight, self.bias, self.packed = base.weight, base.bias, None
         out_features, in_features = base.weight.shape
         # The range of PEFT's and loralib's kaiming_uniform_(a=sqrt(5)): +-1/sqrt(in).
         bound = 1 / math.sqrt(in_features)

@@ -6,9 +6,9 @@ A draw is the inverse of the cumulative distribution at one uniform number, so a
 of its own numbers, whatever else is in the batch.
 
 Sources: top-k, Fan et al. 2018, arXiv:1805.04833; top-p, Holtzman et al. 2020, arXiv:1904.09751, Sec. 3.1; min-p,
-Nguyen et al. 2024, arXiv:2407.01082. Order and ties are transformers'.
+Nguyen et al. 2024, arXiv:2407.01082. The order is transformers'; of tokens that are equally probable all stay or none.
 
-Shapes: N samples, V vocabulary.
+Shapes: N samples, V vocabulary, K of its most probable tokens.
 """
 
 from dataclasses import dataclass
@@ -68,14 +68,21 @@ def probabilities(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     if 0 < sampling.top_k < logits_NV.shape[-1]:
         least_N1 = logits_NV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
-    if sampling.top_p < 1:
-        # From the least likely up, drop what together is at most 1 - top_p; the most likely one always stays.
-        sorted_NV, order_NV = logits_NV.sort(dim=-1)
-        drop_NV = sorted_NV.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        drop_NV[:, -1] = False
-        logits_NV = logits_NV.masked_fill(drop_NV.scatter(1, order_NV, drop_NV), -torch.inf)
     p_NV = logits_NV.softmax(-1)
+    if sampling.top_p < 1:
+        p_NV = p_NV.masked_fill(p_NV < _least_of_nucleus(p_NV, sampling.top_p), 0)
     if sampling.min_p > 0:
         p_NV = p_NV.masked_fill(p_NV < sampling.min_p * p_NV.amax(-1, keepdim=True), 0)
-        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
-    return p_NV
+    return p_NV / p_NV.sum(-1, keepdim=True)
+
+
+def _least_of_nucleus(p_NV: Tensor, top_p: float) -> Tensor:
+    """(N, 1) the smallest of the largest probabilities that together reach top_p; equal ones stay together."""
+    # The nucleus is nearly always among the first thousand, and sorting the whole vocabulary costs more than the model.
+    for k in (min(1024, p_NV.shape[-1]), p_NV.shape[-1]):
+        top_NK = p_NV.topk(k, dim=-1).values
+        if bool((top_NK.sum(-1) >= top_p).all()):
+            break
+    beyond_NK = top_NK.cumsum(-1) - top_NK >= top_p  # whom the more probable ones do not need
+    beyond_NK[:, 0] = False
+    return top_NK.masked_fill(beyond_NK, 1).amin(-1, keepdim=True)

@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
 def project(x: Tensor, *layers: Linear) -> list[Tensor]:
     """The outputs of layers that read the same input."""
-    if layers[0].packed is not None:
+    if layers[0].packed is not None and not torch.is_grad_enabled():
         ys = layers[0].packed(x)
     else:
         ys = [F.linear(x, w.weight.to(x.dtype), None if w.bias is None else w.bias.to(x.dtype)) for w in layers]
