@@ -145,8 +145,8 @@ class ChatTemplate:
     def encode(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, ids of each response); the responses end with the template's end-of-turn."""
         prompt, rendered = self.parts(messages, responses)
-        prompt_ids, *response_ids = self.tokenizer.encode_rendered([prompt, *rendered])
-        return prompt_ids, response_ids
+        (prompt_ids,) = self.tokenizer.encode_rendered([prompt])
+        return prompt_ids, self.tokenizer.encode_rendered(rendered, after=prompt)
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -7,13 +7,18 @@ inside a user's message are encoded as the plain text they are.
 Special is what tokenizer.json calls so. Added tokens that it does not, such as Qwen3's <think>, are vocabulary, which
 text may use. Out of reach: a template that rewrites the inside of a message (changes its case, deletes what parts two
 halves of a special), or that writes a special's first half right before a message.
+
+Where SentencePiece's space stands is read from tokenizer.json. (transformers 5 goes by tokenizer_config.json's `legacy`
+instead, where that names LlamaTokenizer as the class.)
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from models.config import read_json
@@ -59,6 +64,18 @@ class Tokenizer:
         firsts = sorted({token[0] for token in self.special_ids})
         self._marks = {first: chr(ord(MARK) + i) for i, first in enumerate(firsts)}
         self._unmark = {ord(mark): first for first, mark in self._marks.items()}
+        # SentencePiece puts a space before whatever it is given, but none belongs where a text continues. Such a piece
+        # is given with a mark in front, and a last step cuts that off with the space. (A second tokenizer without the
+        # space would leave it out after an added token inside the piece, too.)
+        steps = f"{self.rust.normalizer} {self.rust.pre_tokenizer}"
+        self._after_text = self._after_special = ""
+        if "Prepend(" in steps or "Metaspace(" in steps:
+            self._after_text = self._marks[""] = chr(ord(MARK) + len(firsts))  # escape() refuses it too
+            cut = pre_tokenizers.Split(Regex(rf"\A.?{self._after_text}"), "removed")
+            before = [self.rust.pre_tokenizer] if self.rust.pre_tokenizer else []
+            self.rust.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
+            if "prepend_scheme=first" in steps:  # the others put the space after every special token too
+                self._after_special = self._after_text
         settings = _read_json(path.with_name("tokenizer_config.json"))
         self.bos_token = _token_string(settings.get("bos_token"))
         self.eos_token = _token_string(settings.get("eos_token"))
@@ -90,13 +107,22 @@ class Tokenizer:
         """Token ids of plain texts; nothing is added, special strings stay characters."""
         return [encoding.ids for encoding in self.rust.encode_batch(list(texts), add_special_tokens=False)]
 
-    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered templates, in which the messages' text went through escape()."""
-        pieces = [self._split(text) for text in texts]
-        encoded = iter(self.encode([piece for parts in pieces for piece in parts if isinstance(piece, str)]))
-        return [
-            [i for piece in parts for i in (next(encoded) if isinstance(piece, str) else [piece])] for parts in pieces
+    def encode_rendered(self, texts: Sequence[str], after: str = "") -> list[list[int]]:
+        """Token ids of rendered templates, in which the messages' text went through escape().
+
+        after: the rendered text that each of them continues.
+        """
+        before = self._split(after)[-1] if after else None
+        split = [self._split(text) for text in texts]
+        marks = {type(None): "", str: self._after_text, int: self._after_special}  # by what stands before a part
+        pieces = [
+            marks[type(left)] + part
+            for parts in split
+            for left, part in pairwise([before, *parts])
+            if isinstance(part, str)
         ]
+        encoded = iter(self.encode(pieces))
+        return [[i for part in parts for i in (next(encoded) if isinstance(part, str) else [part])] for parts in split]
 
     def _split(self, text: str) -> list[str | int]:
         """Text between the special tokens, marks taken out, and the specials' ids."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -407,8 +407,13 @@ def specials_in(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [i for i in ids if i in set(tokenizer.special_ids.values())]
 
 
-def assert_nothing_is_forged(template: ChatTemplate, theirs: PreTrainedTokenizerBase, **options) -> None:
-    """The specials are those that harmless words have, the text is transformers' text, and its own ids are forged."""
+def assert_nothing_is_forged(
+    template: ChatTemplate, theirs: PreTrainedTokenizerBase, spaces: bool = True, **options
+) -> None:
+    """The specials are those that harmless words have, the text is transformers' text, and its own ids are forged.
+
+    spaces: whether the text is compared with its spaces; a SentencePiece tokenizer adds some after special tokens.
+    """
     tokenizer = template.tokenizer
     for messages, response in CONVERSATIONS:
         prompt, (answer,) = template.encode([{**m, "content": "x"} for m in messages], ["x"])
@@ -419,6 +424,8 @@ def assert_nothing_is_forged(template: ChatTemplate, theirs: PreTrainedTokenizer
         answered = [*messages, {"role": "assistant", "content": response}]
         text = theirs.apply_chat_template(answered, tokenize=False, **options)
         decoded = tokenizer.decode(prompt + answer, skip_special_tokens=False)
+        if not spaces:
+            decoded, text = decoded.replace(" ", ""), text.replace(" ", "")
         assert decoded in (text, unicodedata.normalize("NFC", text))
         forged = specials_in(their_ids(theirs, answered, False, **options), tokenizer)
         assert len(forged) > len(harmless)
@@ -504,6 +511,171 @@ def test_half_a_surrogate_pair_is_refused(world):
     """JSON can spell one (an escape of a cut string), and no tokenizer can encode it."""
     with pytest.raises(ValueError, match=r"\\ud83d"):
         ChatTemplate("chatml", world).encode(HI, ["cut emoji: \ud83d"])
+
+
+# --- SentencePiece's space before a text ---
+
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+SCHEMES = ["prepend", "always", "first", "never"]
+
+
+def respaced(where: Path, scheme: str) -> Path:
+    """The checkpoint's tokenizer.json with Llama 2's normaliser, or one of newer conversions' pre-tokenizers."""
+    rust = RustTokenizer.from_file(str(where / "tokenizer.json"))
+    if scheme == "prepend":
+        rust.normalizer = PREPEND
+    else:
+        raw = json.loads(rust.to_str()) | {"normalizer": None}
+        rust = RustTokenizer.from_str(json.dumps(raw))
+        rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    rust.save(str(where / "tokenizer.json"))
+    return where
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def spaced(request, tmp_path_factory) -> tuple[str, Tokenizer, RustTokenizer]:
+    """(a scheme, a tokenizer, the same of `tokenizers`): a, b, newline, ▁a, ▁b, </s> and <x> (special), <t> (added)."""
+    vocab = ["<unk>", "</s>", "<x>", "<t>", "▁", "a", "b", "\n", "▁a", "▁b"]
+    rust = RustTokenizer(BPE(dict(zip(vocab, range(10), strict=True)), [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    rust.add_special_tokens(["</s>", "<x>"])
+    rust.add_tokens([AddedToken("<t>", normalized=False)])
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    where = tmp_path_factory.mktemp(request.param)
+    rust.save(str(where / "tokenizer.json"))
+    (where / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer(respaced(where, request.param))
+    return request.param, tokenizer, RustTokenizer.from_file(str(where / "tokenizer.json"))
+
+
+def tokens_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return " ".join(tokenizer.rust.id_to_token(i) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "after", "expected"),
+    [  # of Prepend, always, first, never
+        ("a b", "", ("▁a ▁b", "▁a ▁b", "▁a ▁b", "a ▁b")),
+        ("a b", "b\n", ("a ▁b",) * 4),
+        (" a", "b\n", ("▁a",) * 4),
+        (" a", "", ("▁ ▁a", "▁a", "▁a", "▁a")),  # Metaspace takes a space that is there for its own
+        ("a", "b<x>", ("▁a", "▁a", "a", "a")),
+        ("a</s>b", "", ("▁a </s> ▁b", "▁a </s> ▁b", "▁a </s> b", "a </s> b")),
+        ("a</s>b", "b", ("a </s> ▁b", "a </s> ▁b", "a </s> b", "a </s> b")),
+        ("<x>a", "", ("<x> ▁a", "<x> ▁a", "<x> a", "<x> a")),
+        ("a<t>b", "b", ("a <t> ▁b", "a <t> ▁b", "a <t> b", "a <t> b")),  # an added token, though not special
+        ("<t>b", "b", ("<t> ▁b", "<t> ▁b", "<t> b", "<t> b")),
+        ("", "b", ("",) * 4),
+    ],
+)
+def test_sentencepieces_space_stands_only_where_the_whole_text_has_it(spaced, text, after, expected):
+    scheme, tokenizer, _ = spaced
+    ids, again = tokenizer.encode_rendered([text, text], after)
+    assert tokens_of(tokenizer, ids) == expected[SCHEMES.index(scheme)]
+    assert again == ids
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.text("ab \n", min_size=1), st.lists(st.sampled_from(["a", "b", " ", "\n", "<x>", "</s>", "<t>"])).map("".join)
+)
+def test_prompt_and_response_have_the_ids_of_the_whole(spaced, words, response):
+    """The oracle is `tokenizers` on the joined text; a newline ends the prompt, for no token holds one and more."""
+    _, tokenizer, rust = spaced
+    for prompt in (words + "\n", words + "<x>", "<x>" + words + "\n"):
+        whole = rust.encode(prompt + response).ids
+        assert tokenizer.encode_rendered([prompt + response]) == [whole]
+        assert tokenizer.encode_rendered([prompt])[0] + tokenizer.encode_rendered([response], prompt)[0] == whole
+
+
+def test_a_response_continues_its_prompt(spaced):
+    _, tokenizer, rust = spaced
+    prompt, responses = ChatTemplate("plain", tokenizer).encode(turns("a"), ["b a", " b"])
+    assert prompt == rust.encode("a\n").ids
+    assert [tokens_of(tokenizer, ids) for ids in responses] == ["b ▁a </s>", "▁b </s>"]
+
+
+@pytest.mark.parametrize("after", ["", "b\n", "b<x>"])
+def test_a_response_alone_decodes_to_its_text_but_for_one_space_at_its_start(spaced, after):
+    """`decode` drops the first space of any ids; only Prepend has put one of its own before a space."""
+    scheme, tokenizer, _ = spaced
+    decoded = [tokenizer.decode(ids) for ids in tokenizer.encode_rendered(["a b", " a"], after)]
+    assert decoded == ["a b", " a" if scheme == "prepend" and after != "b\n" else "a"]
+
+
+def test_the_mark_of_text_that_continues_is_refused_too(spaced):
+    _, tokenizer, _ = spaced
+    with pytest.raises(ValueError, match=r"text holds '\\U00100001' \(U\+100001, private use\), which is reserved"):
+        tokenizer.escape("a\U00100001b")
+    assert tokenizer.escape("a\U00100002b") == "a\U00100002b"
+
+
+def test_a_byte_level_tokenizer_keeps_its_steps(world):
+    """It has no space to cut, and its mark would be bytes by then."""
+    raw = json.loads((WORLD / "tokenizer.json").read_text(encoding="utf-8"))
+    now = json.loads(world.rust.to_str())
+    assert [now[step] for step in ("normalizer", "pre_tokenizer")] == [raw["normalizer"], raw["pre_tokenizer"]]
+
+
+SPACED_JINJAS = {
+    "zephyr": (  # headers are plain characters, and end in a newline
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "mistral": (  # a response begins with the template's space
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'system' %}{{ m.content }}\n{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "chatml": (  # headers begin with a special token
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "special": (  # headers are special tokens
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SPACED_JINJAS)
+def spaced_jinja(request) -> tuple[str, dict]:
+    """(a Jinja's name, what a checkpoint needs to have for it)."""
+    specials = {"chatml": ("<|im_start|>", "<|im_end|>"), "special": ("<|system|>", "<|user|>", "<|assistant|>")}
+    more = {"chat_template": SPACED_JINJAS[request.param], "added_specials": specials.get(request.param, ())}
+    return request.param, more
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def stories(request, tmp_path_factory, real, spaced_jinja) -> Path:
+    """stories260K's tokenizer, of Llama 2's kind, under each scheme and template; 猫 is an added token in it."""
+    name, more = spaced_jinja
+    where, source = tmp_path_factory.mktemp(name), real / "models" / "stories260K" / "hf"
+    return respaced(checkpoint(where, source, added=("猫",), **more), request.param)
+
+
+@pytest.mark.real
+def test_a_sentencepiece_tokenizer_gives_the_ids_of_transformers(stories):
+    """Responses that begin with a space or a newline among them: no token of it straddles these headers' ends."""
+    template, theirs = ChatTemplate("auto", Tokenizer(stories)), AutoTokenizer.from_pretrained(stories)
+    rows = [(messages, response, f" {response}", f"\n{response}", "") for messages, response in CONVERSATIONS]
+    assert_ids_of_transformers(template, theirs, rows)
+
+
+@pytest.mark.real
+def test_no_text_forges_a_turn_under_a_sentencepiece_tokenizer(stories):
+    assert_nothing_is_forged(
+        ChatTemplate("auto", Tokenizer(stories)), AutoTokenizer.from_pretrained(stories), spaces=False
+    )
+
+
+@pytest.mark.real
+def test_a_sentencepiece_response_decodes_alone_to_its_text(stories):
+    """Up to its end-of-turn, and without the added token: under two schemes a space follows either."""
+    template = ChatTemplate("auto", Tokenizer(stories))
+    for messages, text in CONVERSATIONS:
+        text = text.replace("猫", "")
+        _, (ids,) = template.encode(messages, [text])
+        end = next(i for i, token in enumerate(ids) if token in template.stop_ids)
+        assert template.tokenizer.decode(ids[:end]) == text
 
 
 # --- decoding as ids arrive ---
