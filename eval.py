@@ -11,9 +11,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template
-from dpo.config import EvalConfig, check
-from dpo.losses import PREF_LOSSES
-from dpo.trainer import evaluate, preference_objective
+from dpo.config import EvalConfig, check, preference_loss_of
+from dpo.preference import PreferenceObjective
+from dpo.trainer import evaluate
 from models.command import one_line_errors, prepare_command_line
 from models.weights import choose_device
 
@@ -40,7 +40,8 @@ def preference(cfg: DictConfig) -> dict[str, float]:
     policy = build_finished_policy(cfg, device)
     reference, description = build_finished_reference(cfg, policy)
     print(f"reference: {description}")
-    objective = preference_objective(reference, PREF_LOSSES[cfg.pref_loss], cfg.pref_beta)
+    objective = PreferenceObjective(preference_loss_of(cfg), reference)
+    objective.check(rows.evaluation)
     return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size)
 
 

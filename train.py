@@ -14,13 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.build import build_policy, build_reference, build_rows, build_template, model_dir
+from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir
 from dpo.checkpoint import find_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.data import Encoded
 from dpo.evals import world_reward
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
-from dpo.trainer import Trainer
+from dpo.trainer import Objective, SFTObjective, Trainer
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
 from models.sampling import DRAWN
@@ -76,9 +76,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     rows = build_rows(cfg, template)
     print_rows(rows.train, rows.evaluation, rows.skipped)
     policy = build_policy(cfg, device)
-    reference = None
+    objective: Objective = SFTObjective()
     if cfg.stage == "dpo":
-        reference, description = build_reference(cfg, policy)
+        objective, description = build_objective(cfg, policy, [*rows.train, *rows.evaluation])
         print(f"reference: {description}")
 
     # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     run_dir.write_skipped(rows.skipped)
     if cfg.val_size and cfg.stage == "dpo":
         run_dir.write_held_out([row.example for row in rows.evaluation])
-    trainer = Trainer(cfg, policy, reference, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
+    trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:
         report = Report(cfg, policy, template, rows.evaluation or rows.train)
         if checkpoint is not None:

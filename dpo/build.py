@@ -4,6 +4,7 @@ Beside the trainer and the entry points the only file that reads cfg. Everything
 a mistake in the config or the data is said in the first second.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from dpo.config import preference_loss_of
 from dpo.data import Encoded, Example, encode_all, find_dataset, read_examples, split_by_prompt
+from dpo.preference import PreferenceObjective
 from dpo.reference import Reference, base_reference, frozen_reference, snapshot_reference
 from models.config import read_model_config
 from models.lora import inject_lora, load_adapter, read_adapter_config
@@ -99,6 +102,15 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
             target=cfg.lora_target, seed=cfg.seed,
         )  # fmt: skip
     return policy
+
+
+def build_objective(cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded]) -> tuple[PreferenceObjective, str]:
+    """(objective of a training run, its reference in a few words); the rows are checked against it."""
+    loss = preference_loss_of(cfg)
+    reference, description = build_reference(cfg, policy) if loss.needs_reference else (None, "none")
+    objective = PreferenceObjective(loss, reference)
+    objective.check(rows)
+    return objective, description
 
 
 def build_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:

@@ -7,14 +7,16 @@ Everything a user can get wrong is a ValueError of one sentence: what was given,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from dpo.losses import PREF_LOSSES
+from dpo.losses import OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
+from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
 from dpo.run import saved_keys
 from models.template import TEMPLATES
 
@@ -39,8 +41,18 @@ class TrainConfig:
     lora_dropout: float = MISSING
     stage: str = MISSING
     do_train: bool = MISSING
-    pref_loss: str = MISSING
+    pref_loss: Any = MISSING
+    loss_weights: Any = MISSING
     pref_beta: float = MISSING
+    dpo_label_smoothing: float = MISSING
+    discopop_tau: float = MISSING
+    simpo_gamma: float = MISSING
+    pref_ftx: float = MISSING
+    dpop_lambda: float = MISSING
+    len_reg_alpha: float = MISSING
+    ld_alpha: float | None = MISSING
+    f_divergence_type: str = MISSING
+    f_alpha_divergence_coef: float = MISSING
     dataset: str = MISSING
     eval_dataset: str | None = MISSING
     dataset_dir: str = MISSING
@@ -91,8 +103,18 @@ class EvalConfig:
     ref_model_adapters: str | None = MISSING
     template: str = MISSING
     date_string: str | None = MISSING
-    pref_loss: str = MISSING
+    pref_loss: Any = MISSING
+    loss_weights: Any = MISSING
     pref_beta: float = MISSING
+    dpo_label_smoothing: float = MISSING
+    discopop_tau: float = MISSING
+    simpo_gamma: float = MISSING
+    pref_ftx: float = MISSING
+    dpop_lambda: float = MISSING
+    len_reg_alpha: float = MISSING
+    ld_alpha: float | None = MISSING
+    f_divergence_type: str = MISSING
+    f_alpha_divergence_coef: float = MISSING
     eval_dataset: str = MISSING
     dataset_dir: str = MISSING
     cutoff_len: int = MISSING
@@ -109,17 +131,28 @@ def _one_of(*choices: str) -> tuple[Any, str]:
     return (lambda value: value in choices), f"expected one of {', '.join(choices)}"
 
 
+ANY_NUMBER = (lambda value: True), "must be finite"
 AT_LEAST_1 = (lambda value: value >= 1), "must be at least 1"
 NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 POSITIVE = (lambda value: value > 0), "must be above 0"
 SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
+# Fields of PreferenceLoss that are config keys of the same name.
+TERM_KEYS = ("pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),
     "stage": _one_of("dpo", "sft"),
     "finetuning_type": _one_of("lora", "full"),
     "template": _one_of("auto", *TEMPLATES),
-    "pref_loss": _one_of(*PREF_LOSSES),
     "pref_beta": POSITIVE,
+    "dpo_label_smoothing": ((lambda value: 0 <= value < 0.5), "must be at least 0 and below 0.5"),
+    "discopop_tau": POSITIVE,
+    "simpo_gamma": NOT_NEGATIVE,
+    "pref_ftx": NOT_NEGATIVE,
+    "dpop_lambda": NOT_NEGATIVE,
+    "len_reg_alpha": ANY_NUMBER,
+    "ld_alpha": ((lambda value: 0 <= value <= 1), "must be between 0 and 1, which is null"),
+    "f_divergence_type": _one_of(*F_DIVERGENCES),
+    "f_alpha_divergence_coef": ((lambda value: value != 1), "must not be 1, where it is reverse_kl: choose that"),
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,
@@ -163,7 +196,37 @@ def check(cfg: DictConfig) -> list[str]:
                 raise ValueError(f"{key}={value}: {rule}")
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
-    return _check_training(cfg) if "stage" in cfg else []
+    if cfg.get("stage") == "sft":
+        return _check_training(cfg)
+    loss = preference_loss_of(cfg)
+    warnings = [
+        f"pref_beta={cfg.pref_beta:g} lies outside {low:g} to {high:g}, as is usual with {name}, which reads "
+        + ("means per token" if PREF_LOSSES[name].per_token else "sums over a response's tokens")
+        for name in as_list(cfg.pref_loss)
+        for low, high in [PREF_LOSSES[name].usual_beta]
+        if name != "sft" and not low <= cfg.pref_beta <= high
+    ]
+    if "gamma" in {option for part, _ in loss.losses for option in part.options}:
+        warnings.append(f"simpo_gamma={cfg.simpo_gamma:g}, which is gamma / beta = {cfg.simpo_gamma / cfg.pref_beta:g}")
+    return warnings + (_check_training(cfg) if "stage" in cfg else [])
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, one value, or LLaMA-Factory's comma-separated text, as a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, Sequence | ListConfig) else [value]
+
+
+def preference_loss_of(cfg: DictConfig) -> PreferenceLoss:
+    """The preference loss that a config asks for; ValueError where it asks for one that cannot be."""
+    weights = None if cfg.loss_weights is None else as_list(cfg.loss_weights)
+    try:
+        weights = weights and [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"loss_weights={cfg.loss_weights}: expected a number for each loss of pref_loss") from None
+    terms = {key: cfg[key] for key in TERM_KEYS if cfg[key] is not None}
+    return preference_loss(as_list(cfg.pref_loss), weights, {name: cfg[key] for name, key in OPTIONS.items()}, **terms)
 
 
 def _lies_in(path: str, directory: str) -> bool:
@@ -191,6 +254,4 @@ def _check_training(cfg: DictConfig) -> list[str]:
         warnings.append(f"learning_rate={rate:g} is the size of SFT's; DPO with full fine-tuning wants about 5e-7")
     if cfg.stage == "dpo" and cfg.finetuning_type == "lora" and rate < 2e-6:
         warnings.append(f"learning_rate={rate:g} suits full fine-tuning; LoRA usually wants about 5e-6")
-    if cfg.stage == "dpo" and cfg.pref_beta > 1:
-        warnings.append(f"pref_beta={cfg.pref_beta:g} is far above the usual 0.01 to 0.5 and allows almost no change")
     return warnings

@@ -15,7 +15,8 @@ No row is repaired: a bad one stops the run with file:line, the key and the rule
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class Example:
     """(chosen, rejected), or (response,) for SFT."""
     source: str
     """file:line"""
+    weight: float = 1.0
+    """what the pair's loss is multiplied by."""
+    margin: float = 0.0
+    """by how much the chosen reward shall exceed the rejected one."""
+    soft_label: float | None = None
+    """the probability that chosen is the better one, where the row says it."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,30 @@ def _example(row: Any, source: str, stage: str) -> Example:
             if responses[0] == responses[1]:
                 raise BadRow("chosen equals rejected; a pair needs two different responses")
         _check_turns(messages)
-        return Example(tuple(messages), responses, source)
+        return Example(tuple(messages), responses, source, **_numbers(row))
     except BadRow as error:
         raise BadRow(f"{source}: {error}") from None
+
+
+# Optional numbers of a row: where each may lie.
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "weight": ("at least 0", lambda value: value >= 0),
+    "margin": ("a finite number", lambda value: True),
+    "soft_label": ("between 0 and 1", lambda value: 0 <= value <= 1),
+}
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """weight, margin and soft_label of a row, as far as it has them."""
+    numbers = {}
+    for key, (rule, holds) in NUMBERS.items():
+        value = row.get(key)
+        if value is not None:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and abs(value) <= sys.float_info.max and holds(value)):
+                raise BadRow(f"{key} must be {rule}, got {_show(value)}")
+            numbers[key] = float(value)
+    return numbers
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:

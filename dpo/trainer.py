@@ -10,10 +10,11 @@ Shapes: P pairs, R response tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
@@ -22,39 +23,50 @@ from tqdm import tqdm
 
 from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
 from dpo.data import Encoded
-from dpo.logprobs import sum_over_responses, token_logps
-from dpo.losses import PREF_LOSSES, PrefLoss
-from dpo.metrics import Means, one_line, preference_metrics
+from dpo.logprobs import token_logps
+from dpo.metrics import Means, one_line
 from dpo.optim import LossScale, build_adamw, clip_gradients, learning_rate_at
-from dpo.reference import Reference
+from dpo.preference import Pairs, joined, logp_gradients, with_gradients
 from dpo.run import RunDir
 from models.stream import Stream, pack
 from models.transformer import Transformer
 
-Objective = Callable[[Transformer, Stream], tuple[Tensor, dict[str, Tensor]]]
-"""(policy, stream) -> (losses of pairs or tokens, metrics per pair)"""
+
+class Objective(Protocol):
+    """What is trained: what is measured of rows, their losses, and what is reported of them."""
+
+    couples: bool
+    """whether a row's loss depends on the others of its logical batch."""
+
+    def units(self, rows: Sequence[Encoded]) -> int:
+        """What a batch's loss is the mean over: its pairs, or its response tokens."""
+
+    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Any:
+        """What the losses read of some rows of a logical batch, with gradient."""
+
+    def losses(self, measured: Any) -> Tensor:
+        """One loss per unit."""
+
+    def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
+        """Detached numbers per unit, by name."""
 
 
-def preference_objective(reference: Reference, loss: PrefLoss, beta: float) -> Objective:
-    """The objective of preference pairs: branches 2i and 2i + 1 of the stream are chosen and rejected of pair i."""
-
-    def objective(policy: Transformer, stream: Stream) -> tuple[Tensor, dict[str, Tensor]]:
-        reference_R = reference(stream)
-        policy_R = token_logps(policy, stream)
-        logps = sum_over_responses(policy_R, stream.lengths_B)
-        logratios = sum_over_responses(policy_R - reference_R, stream.lengths_B)
-        read = logratios / stream.lengths_B if loss.reads == "mean" else logratios
-        losses = loss.function(read[0::2], read[1::2], beta=beta)
-        metrics = preference_metrics(logps[0::2], logps[1::2], logratios[0::2], logratios[1::2], beta=beta)
-        return losses, {"loss": losses} | metrics
-
-    return objective
-
-
-def sft_objective(policy: Transformer, stream: Stream) -> tuple[Tensor, dict[str, Tensor]]:
+class SFTObjective:
     """Negative log-likelihood of every response token, nats; its mean over tokens is the loss."""
-    losses = -token_logps(policy, stream)
-    return losses, {"loss": losses}
+
+    couples = False
+
+    def units(self, rows: Sequence[Encoded]) -> int:
+        return sum(len(ids) for row in rows for ids in row.response_ids)
+
+    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
+        return token_logps(policy, stream)
+
+    def losses(self, measured: Tensor) -> Tensor:
+        return -measured
+
+    def metrics(self, measured: Tensor, losses: Tensor) -> dict[str, Tensor]:
+        return {"loss": losses}
 
 
 def evaluate(policy: Transformer, objective: Objective, rows: Sequence[Encoded], batch_size: int) -> dict[str, float]:
@@ -65,10 +77,18 @@ def evaluate(policy: Transformer, objective: Objective, rows: Sequence[Encoded],
     # By length: rows of one batch then share their attention's padding. The order cannot change a mean.
     ordered = sorted(rows, key=lambda row: row.tokens)
     with torch.no_grad():
-        for i in range(0, len(ordered), batch_size):
-            _, metrics = objective(policy, to_stream(ordered[i : i + batch_size], policy.device))
-            means.add(metrics)
+        parts = [
+            objective.measure(policy, to_stream(part, policy.device), part, ordered)
+            for part in _cut(ordered, batch_size)
+        ]
+        # A loss that couples rows is computed on all of them at once.
+        for measured in [joined(parts)] if objective.couples else parts:
+            means.add(objective.metrics(measured, objective.losses(measured)))
     return means.means("eval_") | {"eval_runtime": round(time.perf_counter() - start, 3)}
+
+
+def _cut(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def to_stream(rows: Sequence[Encoded], device: torch.device) -> Stream:
@@ -111,17 +131,14 @@ class Trainer:
     """The state of one run: policy, optimiser, position. `train` makes the updates that the plan has left."""
 
     def __init__(
-        self, cfg: DictConfig, policy: Transformer, reference: Reference | None,
+        self, cfg: DictConfig, policy: Transformer, objective: Objective,
         train_rows: Sequence[Encoded], eval_rows: Sequence[Encoded], run_dir: RunDir, source_dir: Path,
     ):  # fmt: skip
         self.cfg = cfg
         self.policy = policy
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.run_dir = run_dir
-        self.objective = (
-            sft_objective if reference is None
-            else preference_objective(reference, PREF_LOSSES[cfg.pref_loss], cfg.pref_beta)
-        )  # fmt: skip
+        self.objective = objective
         self.plan = Plan.of(cfg, len(train_rows))
         self.parameters = list(trainable(policy).values())
         self.optimizer = build_adamw(trainable(policy).items(), weight_decay=cfg.weight_decay)
@@ -166,19 +183,19 @@ class Trainer:
     def update(self, batch: Sequence[Encoded], clock: "_Clock") -> tuple[float, Tensor]:
         """One update from one logical batch; returns the learning rate used and the gradient norm before clipping."""
         self.policy.train()
-        # Dropout is a function of seed and step too.
-        torch.manual_seed(self.plan.seed * 1_000_003 + self.step)
-        units = len(batch) if self.cfg.stage == "dpo" else sum(len(r) for row in batch for r in row.response_ids)
-        for rows in self._micro_batches(batch):
+        torch.manual_seed(self._dropout_seed)
+        cut = _cut(batch, self.cfg.per_device_train_batch_size)
+        gradients = self._coupled_gradients(batch, cut) if self.objective.couples and len(cut) > 1 else None
+        start = 0
+        for rows in cut:
             stream = to_stream(rows, self.policy.device)
-            losses, metrics = self.objective(self.policy, stream)
-            if not torch.isfinite(losses).all():
-                raise ValueError(
-                    f"step {self.step + 1}: the loss is not finite (rows {rows[0].example.source} ...); with fp16 try "
-                    "bf16, else lower learning_rate or raise pref_beta"
-                )
-            (losses.sum() / units * self.loss_scale.scale).backward()
-            self.window.add(metrics)
+            measured = self.objective.measure(self.policy, stream, rows, batch)
+            if gradients is None:
+                total = self._share_of_loss(measured, rows, batch)
+            else:
+                total = with_gradients(measured, gradients, start)
+            (total * self.loss_scale.scale).backward()
+            start += len(rows)
             clock.count(len(rows), len(stream.input_ids_T))
         usable = self.loss_scale.unscale(self.parameters)
         norm = clip_gradients(self.parameters, self.cfg.max_grad_norm)
@@ -198,13 +215,36 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return rate, norm
 
+    def _share_of_loss(self, measured: Any, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
+        """What `rows` contribute to the mean loss of their batch; logged."""
+        losses = self.objective.losses(measured)
+        if not torch.isfinite(losses).all():
+            raise ValueError(
+                f"step {self.step + 1}: the loss is not finite (rows {rows[0].example.source} ...); with fp16 try "
+                "bf16, else lower learning_rate or raise pref_beta"
+            )
+        self.window.add(self.objective.metrics(measured, losses))
+        return losses.sum() / self.objective.units(batch)
+
+    def _coupled_gradients(self, batch: Sequence[Encoded], cut: Sequence[Sequence[Encoded]]) -> Pairs:
+        """For a loss that couples pairs: its gradient with respect to the whole batch's log-probabilities.
+
+        They are measured without gradient first; then each micro-batch is measured again and takes its part of it.
+        """
+        with torch.no_grad():
+            parts = [self.objective.measure(self.policy, to_stream(r, self.policy.device), r, batch) for r in cut]
+        gradients = logp_gradients(joined(parts), lambda pairs: self._share_of_loss(pairs, batch, batch))
+        torch.manual_seed(self._dropout_seed)  # so that the second time drops what the first did
+        return gradients
+
+    @property
+    def _dropout_seed(self) -> int:
+        """Dropout is a function of seed and step too."""
+        return self.plan.seed * 1_000_003 + self.step
+
     @property
     def warmup_steps(self) -> int:
         return self.cfg.warmup_steps or math.ceil(self.plan.total_steps * self.cfg.warmup_ratio)
-
-    def _micro_batches(self, batch: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
-        size = self.cfg.per_device_train_batch_size
-        return (batch[i : i + size] for i in range(0, len(batch), size))
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0

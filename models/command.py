@@ -48,7 +48,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "low_cpu_mem_usage": ANY, "use_cache": ANY, "cache_dir": ANY, "do_eval": ANY, "do_predict": False,
     "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,
     "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
-    "upcast_layernorm": ANY, "pref_ftx": 0.0, "dpo_label_smoothing": 0.0, "packing": False, "deepspeed": None,
+    "upcast_layernorm": ANY, "packing": False, "deepspeed": None,
     "quantization_bit": None, "additional_target": None, "use_dora": False, "infer_backend": "huggingface",
 }  # fmt: skip
 
@@ -202,7 +202,7 @@ def _type_of(schema: type, key: str) -> str:
 
 
 def _is_text(key: str, schema: type) -> bool:
-    return any(f.name == key and "str" in str(f.type) for f in fields(schema))
+    return any(f.name == key and ("str" in str(f.type) or f.type is Any) for f in fields(schema))
 
 
 def _check_group(key: str, text: str) -> None:

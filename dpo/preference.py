@@ -1,0 +1,285 @@
+"""The preference objective: losses of dpo.losses, weighed and summed, with the terms that compose with them.
+
+    L = sum_k loss_weights[k] loss_k(a', b') - pref_ftx u_w,    times the row's weight
+
+The terms are off by default. They change the log-ratios that the losses on the margin see:
+
+    f-divergence    a' = f(a), b' = f(b)                    Wang et al. 2023, arXiv:2309.16240, Tab. 1
+    DPOP            a' = a - dpop_lambda max(0, -a)         Pal et al. 2024, arXiv:2402.13228, Eq. 3
+    R-DPO           a' = a + len_reg_alpha |y_w| / beta     Park et al. 2024, arXiv:2403.19159, Eq. 9; b' likewise
+    ODPO            a' = a - margin / beta                  Amini et al. 2024, arXiv:2402.10571, Eq. 3; the row's margin
+
+and, for every loss, LD-DPO (Liu et al. 2024, arXiv:2409.06411, Eq. 10): tokens beyond the length of the pair's shorter
+response count ld_alpha times, in policy and reference alike (LLaMA-Factory weighs the policy alone, so its log-ratios
+do not start at 0). R-DPO's sign is the one that its derivation gives: a reward less alpha |y| has the log-ratio
+(r - alpha |y|) / beta.
+
+What is set and read by none of the chosen losses is refused: an option that is ignored trains something else.
+
+Shapes: B pairs; every quantity is (B,) unless said. R response tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo.data import Encoded
+from dpo.logprobs import sum_over_responses, token_logps
+from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
+from dpo.metrics import preference_metrics
+from dpo.reference import Reference
+from models.stream import Stream
+from models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs as far as a loss can tell; log-probabilities are sums over response tokens, nats."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_logratios: Tensor
+    """log pi(y_w|x) - log pi_ref(y_w|x); without a reference, log pi(y_w|x)."""
+    rejected_logratios: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    mean_chosen_length: Tensor
+    """tokens of a chosen response, the mean over the logical batch, repeated for every pair."""
+    weight: Tensor
+    """what the pair's loss is multiplied by; 1 where the row says nothing."""
+    margin: Tensor
+    """by how much the chosen reward shall exceed the rejected one (ODPO); 0 where the row says nothing."""
+    soft_label: Tensor
+    """the probability that chosen is the better one; NaN where the row says nothing."""
+
+
+DIFFERENTIABLE = ("chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios")
+
+
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of several micro-batches as one batch."""
+    return Pairs(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Pairs)))
+
+
+def logp_gradients(pairs: Pairs, mean_loss: Callable[[Pairs], Tensor]) -> Pairs:
+    """d mean_loss / d each log-probability, in the place of each; the log-probabilities' own graph is not entered."""
+    leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in DIFFERENTIABLE}
+    gradients = torch.autograd.grad(mean_loss(replace(pairs, **leaves)), list(leaves.values()), materialize_grads=True)
+    return replace(pairs, **dict(zip(leaves, gradients, strict=True)))
+
+
+def with_gradients(pairs: Pairs, gradients: Pairs, start: int) -> Tensor:
+    """A number whose gradient is that of the mean loss, as far as these pairs, from `start` on, have a share in it."""
+    part = slice(start, start + len(pairs.weight))
+    return torch.stack([(getattr(pairs, name) * getattr(gradients, name)[part]).sum() for name in DIFFERENTIABLE]).sum()
+
+
+def shared_token_weights(lengths_B: Tensor, ld_alpha: float) -> Tensor:
+    """(R,) 1 for the tokens up to the length of the pair's shorter response, ld_alpha for those beyond.
+
+    lengths_B: tokens of every response, chosen and rejected in turn (so B is twice the pairs here).
+    """
+    shorter_B = torch.minimum(lengths_B[0::2], lengths_B[1::2]).repeat_interleave(2)
+    end_B = lengths_B.cumsum(0)
+    place_R = torch.arange(int(end_B[-1]), device=lengths_B.device) - (end_B - lengths_B).repeat_interleave(lengths_B)
+    return torch.where(place_R < shorter_B.repeat_interleave(lengths_B), 1.0, ld_alpha)
+
+
+F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    # f'(u) at log u = a, shifted to 0 at a = 0; only the last reads alpha.
+    "reverse_kl": lambda a, alpha: a,
+    "forward_kl": lambda a, alpha: -(-a).expm1(),
+    "js_divergence": lambda a, alpha: F.logsigmoid(a) + math.log(2),
+    # (u^(alpha - 1) - 1) / (alpha - 1): reverse KL as alpha -> 1, forward KL at 0. Old TRL's coefficient is 1 - alpha.
+    "alpha_divergence": lambda a, alpha: ((alpha - 1) * a).expm1() / (alpha - 1),
+}
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Pairs -> (B,) losses. Built by `preference_loss`, which checks that every option is read."""
+
+    losses: tuple[tuple[PrefLoss, float], ...]
+    """each with its weight."""
+    options: Mapping[str, float]
+    """by the names that the functions give them."""
+    pref_ftx: float = 0.0
+    dpop_lambda: float = 0.0
+    len_reg_alpha: float = 0.0
+    ld_alpha: float = 1.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+
+    @property
+    def beta(self) -> float:
+        return self.options["beta"]
+
+    @property
+    def couples(self) -> bool:
+        return any(loss.couples for loss, _ in self.losses)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(loss.needs_reference for loss, _ in self.losses)
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        total = sum(weight * self._one(loss, pairs) for loss, weight in self.losses)
+        if self.pref_ftx:
+            total = total - self.pref_ftx * pairs.chosen_logps / pairs.chosen_lengths
+        return pairs.weight * total
+
+    def _one(self, loss: PrefLoss, pairs: Pairs) -> Tensor:
+        chosen_ratios, rejected_ratios = pairs.chosen_logratios, pairs.rejected_logratios
+        if loss.on_margin:
+            chosen_ratios, rejected_ratios = self._with_terms(pairs)
+        quantities = {
+            "chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps,
+            "chosen_ref_logps": (pairs.chosen_logps - pairs.chosen_logratios).detach(),
+            "rejected_ref_logps": (pairs.rejected_logps - pairs.rejected_logratios).detach(),
+            "chosen_logratios": chosen_ratios, "rejected_logratios": rejected_ratios,
+            "chosen_avg_logps": pairs.chosen_logps / pairs.chosen_lengths,
+            "rejected_avg_logps": pairs.rejected_logps / pairs.rejected_lengths,
+            "chosen_avg_logratios": chosen_ratios / pairs.chosen_lengths,
+            "rejected_avg_logratios": rejected_ratios / pairs.rejected_lengths,
+            "mean_chosen_length": pairs.mean_chosen_length,
+        }  # fmt: skip
+        options: dict[str, float | Tensor] = {name: self.options[name] for name in loss.options}
+        if "label_smoothing" in options and not loss.couples:
+            # A row's own label stands before the rate of wrong labels that holds for all.
+            smoothing = torch.full_like(pairs.soft_label, float(options["label_smoothing"]))
+            options["label_smoothing"] = torch.where(pairs.soft_label.isnan(), smoothing, 1 - pairs.soft_label)
+        return loss.function(*(quantities[name] for name in loss.reads), **options)
+
+    def _with_terms(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """(a', b') of the module's docstring."""
+        f = F_DIVERGENCES[self.f_divergence_type]
+        chosen, rejected = (
+            f(ratios, self.f_alpha_divergence_coef) for ratios in (pairs.chosen_logratios, pairs.rejected_logratios)
+        )
+        if self.dpop_lambda:
+            chosen = chosen - self.dpop_lambda * F.relu(-pairs.chosen_logratios)
+        if self.len_reg_alpha:
+            chosen = chosen + self.len_reg_alpha * pairs.chosen_lengths / self.beta
+            rejected = rejected + self.len_reg_alpha * pairs.rejected_lengths / self.beta
+        return chosen - pairs.margin / self.beta, rejected
+
+    def start(self) -> float | None:
+        """The loss of a pair where policy equals reference, in closed form; None where it depends on the pair."""
+        terms_at_zero = not (self.pref_ftx or self.len_reg_alpha)
+        if not terms_at_zero or any(loss.start is None for loss, _ in self.losses):
+            return None
+        return math.fsum(
+            weight * loss.start(**{name: self.options[name] for name in loss.options})
+            for loss, weight in self.losses
+            if loss.start is not None
+        )
+
+
+TERMS: dict[str, tuple[object, Callable[[PrefLoss], bool], str]] = {
+    # config key: (where it is off, the losses that can read it, what they have in common)
+    "dpop_lambda": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
+    "len_reg_alpha": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
+    "f_divergence_type": ("reverse_kl", lambda loss: loss.on_margin, "losses on the margin"),
+}
+
+
+def preference_loss(
+    names: Sequence[str], weights: Sequence[float] | None, options: Mapping[str, float], **terms: Any
+) -> PreferenceLoss:
+    """The PreferenceLoss of config values; ValueError where one is set that no chosen loss reads, or out of its range.
+
+    options: every option by its name in dpo.losses.OPTIONS. terms: fields of PreferenceLoss by name.
+    """
+    unknown = [name for name in names if name not in PREF_LOSSES]
+    if unknown or not names:
+        raise ValueError(f"pref_loss={list(names)}: expected one or several of {', '.join(PREF_LOSSES)}")
+    losses = [PREF_LOSSES[name] for name in names]
+    if weights is not None and len(weights) != len(losses):
+        raise ValueError(f"loss_weights={list(weights)}: {len(weights)} for {len(losses)} losses; give one for each")
+    shown = ",".join(names)
+    read = {option for loss in losses for option in loss.options}
+    for option, off in OFF.items():
+        if option not in read and options[option] != off:
+            readers = ", ".join(name for name, loss in PREF_LOSSES.items() if option in loss.options)
+            given = f"{OPTIONS[option]}={options[option]}"
+            raise ValueError(f"{given}: not read by pref_loss={shown}, but by {readers}; leave it at {off}")
+    for key, (default, can_read, readers) in TERMS.items():
+        if terms.get(key, default) != default and not any(map(can_read, losses)):
+            given = f"{key}={terms[key]}"
+            raise ValueError(f"{given}: not read by pref_loss={shown}, but by {readers}; leave it at {default}")
+    smoothing = options["label_smoothing"]
+    if "exo_pair" in names and not smoothing:
+        raise ValueError("dpo_label_smoothing=0: exo_pair takes its logarithm; the paper's is 1e-3 (loss=exo_pair)")
+    return PreferenceLoss(tuple(zip(losses, weights or [1.0] * len(losses), strict=True)), dict(options), **terms)
+
+
+class PreferenceObjective:
+    """What a trainer does with preference rows: measure pairs, compute their losses, report them."""
+
+    def __init__(self, loss: PreferenceLoss, reference: Reference | None):
+        """reference: None where no loss compares with one."""
+        self.loss, self.reference, self.couples = loss, reference, loss.couples
+
+    def check(self, rows: Sequence[Encoded]) -> None:
+        """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""
+        losses = [loss for loss, _ in self.loss.losses]
+        honoured = {
+            "weight": (1.0, not self.couples),
+            "margin": (0.0, any(loss.on_margin and not loss.per_token for loss in losses)),
+            "soft_label": (None, any("label_smoothing" in loss.options and not loss.couples for loss in losses)),
+        }
+        names = ",".join(name for name, loss in PREF_LOSSES.items() if loss in losses)
+        for row in rows:
+            for key, (off, can) in honoured.items():
+                value = getattr(row.example, key)
+                if value != off and not can:
+                    raise ValueError(
+                        f"{row.example.source}: {key}={value}: pref_loss={names} cannot honour it; remove it from the "
+                        "rows or choose another loss"
+                    )
+
+    def units(self, rows: Sequence[Encoded]) -> int:
+        """What a batch's loss is the mean over: pairs."""
+        return len(rows)
+
+    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Pairs:
+        """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
+        reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream)
+        policy_R = token_logps(policy, stream)
+        ratio_R = policy_R - reference_R
+        if self.loss.ld_alpha != 1:
+            weight_R = shared_token_weights(stream.lengths_B, self.loss.ld_alpha)
+            policy_R, ratio_R = policy_R * weight_R, ratio_R * weight_R
+        logps, logratios = (sum_over_responses(x_R, stream.lengths_B) for x_R in (policy_R, ratio_R))
+        mean_length = sum(len(row.response_ids[0]) for row in batch) / len(batch)
+
+        def of_rows(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=logps.dtype, device=logps.device)
+
+        examples = [row.example for row in rows]
+        return Pairs(
+            chosen_logps=logps[0::2],
+            rejected_logps=logps[1::2],
+            chosen_logratios=logratios[0::2],
+            rejected_logratios=logratios[1::2],
+            chosen_lengths=stream.lengths_B[0::2],
+            rejected_lengths=stream.lengths_B[1::2],
+            mean_chosen_length=of_rows([mean_length] * len(rows)),
+            weight=of_rows([example.weight for example in examples]),
+            margin=of_rows([example.margin for example in examples]),
+            soft_label=of_rows([math.nan if e.soft_label is None else e.soft_label for e in examples]),
+        )
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return self.loss(pairs)
+
+    def metrics(self, pairs: Pairs, losses: Tensor) -> dict[str, Tensor]:
+        return {"loss": losses} | preference_metrics(
+            pairs.chosen_logps, pairs.rejected_logps, pairs.chosen_logratios, pairs.rejected_logratios,
+            beta=self.loss.beta,
+        )  # fmt: skip
