@@ -14,13 +14,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir
+from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir, starts_at_its_reference
+from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.data import Encoded
 from dpo.evals import world_reward
+from dpo.preference import PreferenceObjective
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
-from dpo.trainer import Objective, SFTObjective, Trainer
+from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
 from models.sampling import DRAWN
@@ -89,6 +91,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run_dir.write_held_out([row.example for row in rows.evaluation])
     trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:
+        if checkpoint is None and isinstance(objective, PreferenceObjective):
+            first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
+            stream = to_stream(first, device)
+            same = starts_at_its_reference(cfg)
+            print(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
         report = Report(cfg, policy, template, rows.evaluation or rows.train)
         if checkpoint is not None:
             trainer.resume(checkpoint)

@@ -137,6 +137,12 @@ def build_finished_reference(cfg: DictConfig, policy: Transformer) -> tuple[Refe
     return base_reference(policy), "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
 
 
+def starts_at_its_reference(cfg: DictConfig) -> bool:
+    """Whether policy and reference are the same weights before the first update."""
+    continued_against_base = bool(cfg.adapter_name_or_path and cfg.ref_model)
+    return not _is_another_model(cfg) and not continued_against_base
+
+
 def _is_another_model(cfg: DictConfig) -> bool:
     """Whether the reference named is something that the policy's base does not already hold in memory."""
     base = model_dir(cfg.model_name_or_path)

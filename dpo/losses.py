@@ -410,3 +410,65 @@ PREF_LOSSES = {
         pushes=(1, 0),
     ),
 }  # fmt: skip
+
+
+# --- `python -m dpo.losses`: the family as a table, and drawn ---
+
+
+def table() -> str:
+    """The family in Markdown; README.md holds this text."""
+    lines = ["| pref_loss | a pair's loss | reads | reference | couples | source |", "|---|---|---|---|---|---|"]
+    for name, loss in PREF_LOSSES.items():
+        reads = "means per token" if loss.per_token else "sums"
+        marks = ["yes" if flag else "" for flag in (loss.needs_reference, loss.couples)]
+        equation = loss.equation.replace("|", "\\|")
+        lines.append(f"| `{name}` | {equation} | {reads} | {marks[0]} | {marks[1]} | {loss.paper} |")
+    return "\n".join(lines)
+
+
+def over_margins(loss: PrefLoss, h: Tensor, options: dict[str, float]) -> Tensor:
+    """The loss of one pair at each h, apart: responses of 10 tokens at -40 nats, moved by h/2 and -h/2."""
+    quantities = {"mean_chosen_length": torch.full_like(h, 10.0)}
+    for side, moved in (("chosen", h / 2), ("rejected", -h / 2)):
+        sums = {"logps": moved - 40, "ref_logps": torch.full_like(h, -40.0), "logratios": moved}
+        quantities |= {f"{side}_{name}": value for name, value in sums.items()}
+        quantities |= {f"{side}_avg_{name}": value / 10 for name, value in sums.items()}
+    read = torch.stack([quantities[name] for name in loss.reads], dim=1)
+    chosen = {name: options[name] for name in loss.options}
+    return torch.cat([loss.function(*pair.unsqueeze(1), **chosen) for pair in read])
+
+
+def draw(path: str) -> None:
+    """Each loss and its gradient over h, at beta 0.1 (means: 1), label smoothing 0.1, tau 0.05 and gamma 0.5."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError('drawing needs matplotlib: pip install -e ".[plot]"') from None
+    columns = 5
+    figure, axes = plt.subplots(-(-len(PREF_LOSSES) // columns), columns, figsize=(16, 12), layout="constrained")
+    for (name, loss), axis in zip(PREF_LOSSES.items(), axes.flat, strict=True):
+        beta = 1.0 if loss.per_token else 0.1
+        h = torch.linspace(-60, 60, 601, dtype=torch.float64, requires_grad=True)
+        values = over_margins(loss, h, {"beta": beta, "label_smoothing": 0.1, "tau": 0.05, "gamma": 0.5})
+        (slopes,) = torch.autograd.grad(values.sum(), h)
+        axis.plot(h.detach(), values.detach(), color="tab:blue")
+        axis.twinx().plot(h.detach(), slopes, "--", color="tab:orange")
+        axis.axvline(0, color="grey", linewidth=0.5)
+        axis.set_title(name)
+    figure.supxlabel("h = a - b, nats; loss (blue, left), its gradient (orange, right)")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(table())
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key != "figure" or not value:
+            sys.exit(f"error: {argument}: expected figure=FILE.png")
+        try:
+            draw(value)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        print(f"figure: {value}")

@@ -1,6 +1,7 @@
 """What a run reports: the guide's and TRL's metrics of preference pairs, and means over everything between two logs.
 
-rewards/chosen, rewards/rejected    beta * log-ratio of the response, summed over its tokens whatever the loss reads
+rewards/chosen, rewards/rejected    beta * log-ratio of the response, summed over its tokens whatever the loss reads;
+                                    without a reference beta * log pi(y|x), of simpo and orpo per token
 rewards/margins                     chosen minus rejected reward
 rewards/accuracies                  share of pairs with margin > 0; a tie counts 0, so it is 0 at step 0
 logps/chosen, logps/rejected        log pi(y|x) of the policy, nats, summed over the response's tokens

@@ -279,7 +279,10 @@ class PreferenceObjective:
         return self.loss(pairs)
 
     def metrics(self, pairs: Pairs, losses: Tensor) -> dict[str, Tensor]:
+        chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+        if self.reference is None and any(loss.per_token for loss, _ in self.loss.losses):
+            # Without a reference the reward is beta log pi, and of a loss on means, beta times the mean.
+            chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         return {"loss": losses} | preference_metrics(
-            pairs.chosen_logps, pairs.rejected_logps, pairs.chosen_logratios, pairs.rejected_logratios,
-            beta=self.loss.beta,
-        )  # fmt: skip
+            pairs.chosen_logps, pairs.rejected_logps, chosen, rejected, beta=self.loss.beta
+        )
