@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 import eval as eval_entry
 import train as train_entry
+from dpo import losses
 from dpo.config import EvalConfig, TrainConfig
 from models.chat import ChatConfig
 from models.command import expand_arguments
@@ -77,3 +79,16 @@ def test_every_path_that_is_named_exists():
 
 def test_the_licence_and_the_metadata_agree():
     assert "MIT" in (ROOT / "LICENSE").read_text() and "license = MIT" in (ROOT / "setup.cfg").read_text()
+
+
+def test_the_table_of_losses_is_the_tables():
+    assert losses.table() in README
+
+
+def test_the_readmes_loss_of_ones_own_is_a_loss(monkeypatch):
+    """The block is run as it stands; the row's start is the function's."""
+    block = re.search(r"### A loss of your own\n.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    monkeypatch.setattr(losses, "PREF_LOSSES", table := dict(losses.PREF_LOSSES))
+    exec(block, vars(losses) | {"PREF_LOSSES": table})
+    zero = torch.zeros(2)
+    assert table["cubic"].function(zero, zero, beta=0.1).tolist() == [table["cubic"].start(beta=0.1)] * 2
