@@ -98,6 +98,7 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     # (u^(alpha - 1) - 1) / (alpha - 1): reverse KL as alpha -> 1, forward KL at 0. Old TRL's coefficient is 1 - alpha.
     "alpha_divergence": lambda a, alpha: ((alpha - 1) * a).expm1() / (alpha - 1),
 }
+ALPHA = 0.5  # where f_alpha_divergence_coef is when nothing is said
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PreferenceLoss:
     len_reg_alpha: float = 0.0
     ld_alpha: float = 1.0
     f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
+    f_alpha_divergence_coef: float = ALPHA
 
     @property
     def beta(self) -> float:
@@ -136,7 +137,7 @@ class PreferenceLoss:
     def _one(self, loss: PrefLoss, pairs: Pairs) -> Tensor:
         chosen_ratios, rejected_ratios = pairs.chosen_logratios, pairs.rejected_logratios
         if loss.on_margin:
-            chosen_ratios, rejected_ratios = self._with_terms(pairs)
+            chosen_ratios, rejected_ratios = self._with_terms(pairs, loss.per_token)
         quantities = {
             "chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps,
             "chosen_ref_logps": (pairs.chosen_logps - pairs.chosen_logratios).detach(),
@@ -155,12 +156,14 @@ class PreferenceLoss:
             options["label_smoothing"] = torch.where(pairs.soft_label.isnan(), smoothing, 1 - pairs.soft_label)
         return loss.function(*(quantities[name] for name in loss.reads), **options)
 
-    def _with_terms(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """(a', b') of the module's docstring."""
+    def _with_terms(self, pairs: Pairs, per_token: bool) -> tuple[Tensor, Tensor]:
+        """(a', b') of the module's docstring; a loss on means per token takes the f-divergence alone."""
         f = F_DIVERGENCES[self.f_divergence_type]
         chosen, rejected = (
             f(ratios, self.f_alpha_divergence_coef) for ratios in (pairs.chosen_logratios, pairs.rejected_logratios)
         )
+        if per_token:
+            return chosen, rejected
         if self.dpop_lambda:
             chosen = chosen - self.dpop_lambda * F.relu(-pairs.chosen_logratios)
         if self.len_reg_alpha:
@@ -195,13 +198,14 @@ def preference_loss(
 
     options: every option by its name in dpo.losses.OPTIONS. terms: fields of PreferenceLoss by name.
     """
-    unknown = [name for name in names if name not in PREF_LOSSES]
-    if unknown or not names:
-        raise ValueError(f"pref_loss={list(names)}: expected one or several of {', '.join(PREF_LOSSES)}")
+    shown = ",".join(map(str, names))
+    if not names or any(name not in PREF_LOSSES for name in names):
+        raise ValueError(f"pref_loss={shown}: expected one or several of {', '.join(PREF_LOSSES)}")
     losses = [PREF_LOSSES[name] for name in names]
     if weights is not None and len(weights) != len(losses):
         raise ValueError(f"loss_weights={list(weights)}: {len(weights)} for {len(losses)} losses; give one for each")
-    shown = ",".join(names)
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise ValueError(f"loss_weights={list(weights)}: must be finite")
     read = {option for loss in losses for option in loss.options}
     for option, off in OFF.items():
         if option not in read and options[option] != off:
@@ -212,10 +216,18 @@ def preference_loss(
         if terms.get(key, default) != default and not any(map(can_read, losses)):
             given = f"{key}={terms[key]}"
             raise ValueError(f"{given}: not read by pref_loss={shown}, but by {readers}; leave it at {default}")
+    coefficient, divergence = terms.get("f_alpha_divergence_coef", ALPHA), terms.get("f_divergence_type", "reverse_kl")
+    if coefficient != ALPHA and divergence != "alpha_divergence":
+        given = f"f_alpha_divergence_coef={coefficient}"
+        raise ValueError(f"{given}: not read by f_divergence_type={divergence}; leave it at {ALPHA}")
     smoothing = options["label_smoothing"]
     if "exo_pair" in names and not smoothing:
         raise ValueError("dpo_label_smoothing=0: exo_pair takes its logarithm; the paper's is 1e-3 (loss=exo_pair)")
     return PreferenceLoss(tuple(zip(losses, weights or [1.0] * len(losses), strict=True)), dict(options), **terms)
+
+
+# exo_pair takes the logarithms of e and 1 - e, robust divides by 1 - 2 e.
+INFINITE_AT = {"exo_pair": (0.0, 1.0), "robust": (0.5,)}
 
 
 class PreferenceObjective:
@@ -233,14 +245,15 @@ class PreferenceObjective:
             "margin": (0.0, any(loss.on_margin and not loss.per_token for loss in losses)),
             "soft_label": (None, any("label_smoothing" in loss.options and not loss.couples for loss in losses)),
         }
-        names = ",".join(name for name, loss in PREF_LOSSES.items() if loss in losses)
+        names = [name for name, loss in PREF_LOSSES.items() if loss in losses]
+        infinite_at = {label for name in names for label in INFINITE_AT.get(name, ())}
         for row in rows:
             for key, (off, can) in honoured.items():
                 value = getattr(row.example, key)
-                if value != off and not can:
+                if (value != off and not can) or (key == "soft_label" and value in infinite_at):
                     raise ValueError(
-                        f"{row.example.source}: {key}={value}: pref_loss={names} cannot honour it; remove it from the "
-                        "rows or choose another loss"
+                        f"{row.example.source}: {key}={value}: pref_loss={','.join(names)} cannot honour it; remove it "
+                        "from the rows or choose another loss"
                     )
 
     def units(self, rows: Sequence[Encoded]) -> int:
