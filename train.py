@@ -53,6 +53,7 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     """One job of a sweep, in a directory of its own; a mistake ends the job and is a row of the sweep's results."""
     sweep_dir = Path(cfg.output_dir)
     cfg.output_dir = str(sweep_dir / str(number))
+    cfg.ref_cache_dir = cfg.ref_cache_dir or str(sweep_dir / "reference")
     print(f"job {number}: {' '.join(f'{key}={value}' for key, value in overrides.items())}")
     try:
         write_results(Path(cfg.output_dir), overrides, train(cfg))
@@ -80,7 +81,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "dpo":
-        objective, description = build_objective(cfg, policy, [*rows.train, *rows.evaluation])
+        objective, description = build_objective(cfg, policy, rows)
         print(f"reference: {description}")
 
     # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.

@@ -4,9 +4,9 @@ Beside the trainer and the entry points the only file that reads cfg. Everything
 a mistake in the config or the data is said in the first second.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from dpo.config import preference_loss_of
 from dpo.data import Encoded, Example, encode_all, find_dataset, read_examples, split_by_prompt
 from dpo.preference import PreferenceObjective
 from dpo.reference import Reference, base_reference, frozen_reference, snapshot_reference
+from dpo.reference_cache import cached_reference
+from dpo.trainer import Plan
 from models.config import read_model_config
-from models.lora import inject_lora, load_adapter, read_adapter_config
+from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inject_lora, load_adapter, read_adapter_config
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -104,22 +106,48 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     return policy
 
 
-def build_objective(cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded]) -> tuple[PreferenceObjective, str]:
+def build_objective(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[PreferenceObjective, str]:
     """(objective of a training run, its reference in a few words); the rows are checked against it."""
-    loss = preference_loss_of(cfg)
-    reference, description = build_reference(cfg, policy) if loss.needs_reference else (None, "none")
-    objective = PreferenceObjective(loss, reference)
-    objective.check(rows)
+    objective = PreferenceObjective(preference_loss_of(cfg), reference=None)
+    objective.check([*rows.train, *rows.evaluation])
+    description = "none"
+    if objective.loss.needs_reference:
+        objective.reference, description = build_reference(cfg, policy, rows)
     return objective, description
 
 
-def build_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
+def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[Reference, str]:
     """(reference of a training run, what it is in a few words); see dpo.reference for the choice."""
-    if _is_another_model(cfg) or cfg.finetuning_type == "full":
-        return _frozen_copy(cfg, policy)
-    if cfg.adapter_name_or_path and not cfg.ref_model:
-        return snapshot_reference(policy), "a snapshot of the adapter as it starts"
-    return base_reference(policy), "the base model, adapter off"
+    adapter = cfg.ref_model_adapters
+    build: Callable[[], Reference]
+    another_model = _is_another_model(cfg) or cfg.finetuning_type == "full"
+    if another_model:
+        build, description = partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
+    elif cfg.adapter_name_or_path and not cfg.ref_model:
+        adapter = cfg.adapter_name_or_path
+        build, description = partial(snapshot_reference, policy), "a snapshot of the adapter as it starts"
+    else:
+        build, description = partial(base_reference, policy), "the base model, adapter off"
+    if not cfg.ref_cache_dir:
+        return build(), description
+    directory = model_dir(cfg.ref_model or cfg.model_name_or_path)
+    files = [directory / "config.json", *weight_files(directory)]
+    if adapter:
+        files += [Path(adapter) / ADAPTER_CONFIG, Path(adapter) / ADAPTER_WEIGHTS]
+    cached = cached_reference(
+        Path(cfg.ref_cache_dir), files, choose_dtype(cfg.bf16, cfg.fp16), _rows_read(cfg, rows), build,
+        device=policy.device, batch_size=cfg.per_device_eval_batch_size, loads_model=another_model,
+    )  # fmt: skip
+    return cached, description
+
+
+def _rows_read(cfg: DictConfig, rows: Rows) -> list[Encoded]:
+    """The rows that a training run gets to: a short one not to all."""
+    plan = Plan.of(cfg, len(rows.train))
+    steps = min(plan.total_steps, plan.steps_per_epoch) if cfg.do_train else 0
+    indices = sorted({i for step in range(steps) for i in plan.indices(step)})
+    evaluates = cfg.eval_strategy != "no" or not cfg.do_train
+    return [rows.train[i] for i in indices] + (rows.evaluation if evaluates else [])
 
 
 def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
@@ -133,7 +161,7 @@ def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
 def build_finished_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
     """The reference of an evaluation: the one that is named, else the policy's base model."""
     if _is_another_model(cfg):
-        return _frozen_copy(cfg, policy)
+        return _frozen_copy(cfg, policy), _describe_frozen_copy(cfg)
     return base_reference(policy), "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
 
 
@@ -149,11 +177,14 @@ def _is_another_model(cfg: DictConfig) -> bool:
     return bool(cfg.ref_model_adapters or (cfg.ref_model and model_dir(cfg.ref_model).resolve() != base.resolve()))
 
 
-def _frozen_copy(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
-    name = cfg.ref_model or cfg.model_name_or_path
-    model = load_model(model_dir(name), dtype=choose_dtype(cfg.bf16, cfg.fp16), device=policy.device)
+def _frozen_copy(cfg: DictConfig, policy: Transformer) -> Reference:
+    directory = model_dir(cfg.ref_model or cfg.model_name_or_path)
+    model = load_model(directory, dtype=choose_dtype(cfg.bf16, cfg.fp16), device=policy.device)
     if cfg.ref_model_adapters:
         load_adapter(model, Path(cfg.ref_model_adapters), dropout=0.0)
-    return frozen_reference(model), " with adapter ".join(
-        filter(None, [f"a frozen copy of {name}", cfg.ref_model_adapters])
-    )
+    return frozen_reference(model)
+
+
+def _describe_frozen_copy(cfg: DictConfig) -> str:
+    name = f"a frozen copy of {cfg.ref_model or cfg.model_name_or_path}"
+    return " with adapter ".join(filter(None, [name, cfg.ref_model_adapters]))

@@ -31,6 +31,7 @@ class TrainConfig:
     adapter_name_or_path: str | None = MISSING
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
+    ref_cache_dir: str | None = MISSING
     template: str = MISSING
     date_string: str | None = MISSING
     finetuning_type: str = MISSING
@@ -246,6 +247,8 @@ def _check_training(cfg: DictConfig) -> list[str]:
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
+    if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
+        raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
     if cfg.val_size and cfg.eval_dataset:
         raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
     warnings = []

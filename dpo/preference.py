@@ -262,7 +262,7 @@ class PreferenceObjective:
 
     def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Pairs:
         """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
-        reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream)
+        reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream, rows)
         policy_R = token_logps(policy, stream)
         ratio_R = policy_R - reference_R
         if self.loss.ld_alpha != 1:
