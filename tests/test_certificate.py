@@ -1,6 +1,7 @@
 """The start certificate passes what is sound and names what is not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,11 @@ def test_every_loss_starts_at_its_closed_form_on_a_fresh_adapter(policy, rows, n
 def test_the_line_says_loss_gradient_and_distance(policy, rows):
     line = certified(policy, rows)
     assert line.startswith(f"start: loss {math.log(2):.4f}, gradient norm ")
+
+
+def test_rows_with_margins_or_labels_of_their_own_have_no_closed_form(policy, rows):
+    own = [replace(row, example=replace(row.example, margin=1.0)) for row in rows]
+    assert "at most 0.0e+00" in certified(policy, own) and "closed form" not in certified(policy, own)
 
 
 def test_a_reference_of_other_weights_under_the_same_name_is_refused(policy, rows):

@@ -148,7 +148,9 @@ def test_tokens_beyond_the_shorter_response_count_alpha():
     """Lengths 4 and 2, then 1 and 3, then 2 and 2, then 0 and 1."""
     expected = [[1, 1, 0.3, 0.3], [1, 1], [1], [1, 0.3, 0.3], [1, 1], [1, 1], [], [0.3]]
     lengths_B = torch.tensor([4, 2, 1, 3, 2, 2, 0, 1])
-    assert shared_token_weights(lengths_B, 0.3).tolist() == pytest.approx(sum(expected, []))
+    assert shared_token_weights(lengths_B, 0.3).tolist() == pytest.approx(
+        [weight for row in expected for weight in row]
+    )
 
 
 def rows_of(*responses: tuple[list[int], list[int]], **numbers: object) -> list[Encoded]:
@@ -163,7 +165,7 @@ def measured(
     monkeypatch.setattr(preference, "token_logps", lambda model, stream: torch.tensor(policy, dtype=torch.float64))
     rows = rows_of(([5, 6, 7, 8], [5, 6]), ([7], [5, 5, 5]), weight=0.5, soft_label=0.75)
     objective = PreferenceObjective(
-        loss, None if ref is None else lambda stream: torch.tensor(ref, dtype=torch.float64)
+        loss, None if ref is None else lambda stream, rows: torch.tensor(ref, dtype=torch.float64)
     )
     stream = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows])
     model = torch.nn.Module()
