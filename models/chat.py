@@ -6,6 +6,7 @@ Left out: keeping the cache between turns, because a prompt is read much faster 
 """
 
 import difflib
+import io
 import itertools
 import json
 import sys
@@ -50,6 +51,7 @@ class ChatConfig:
     adapter_name_or_path: str | None = MISSING
     template: str = MISSING
     default_system: str | None = MISSING
+    date_string: str | None = MISSING
     temperature: float = MISSING
     top_k: int = MISSING
     top_p: float = MISSING
@@ -93,15 +95,15 @@ class Chat:
         check(cfg)
         device, directory = choose_device(cfg.device), resolve_model_dir(cfg.model_name_or_path)
         self.sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
-        self.template = ChatTemplate(cfg.template, Tokenizer(directory))
+        self.template = ChatTemplate(cfg.template, Tokenizer(directory), cfg.date_string)
         self.stops = StopStrings(list(cfg.stop_strings), self.template.tokenizer)
         self.system, self.max_new_tokens = cfg.default_system, cfg.max_new_tokens
         self.seeds = itertools.count(cfg.seed)  # one for each answer
         if cfg.adapter_name_or_path:
-            read_adapter_config(Path(cfg.adapter_name_or_path))
+            read_adapter_config(Path(cfg.adapter_name_or_path).expanduser())
         self.model = load_model(directory, dtype=choose_dtype(cfg.bf16, fp16=False), device=device)
         if cfg.adapter_name_or_path:
-            load_adapter(self.model, Path(cfg.adapter_name_or_path), dropout=0.0)
+            load_adapter(self.model, Path(cfg.adapter_name_or_path).expanduser(), dropout=0.0)
         self.positions = self.model.config.max_position_embeddings
         self.reset()
 
@@ -192,6 +194,8 @@ def note(text: str) -> None:
 
 def talk(chat: Chat) -> None:
     """A turn or a command for every line of stdin, to its end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad byte is one refused line, not the end of all
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         with suppress(ImportError):
@@ -202,7 +206,7 @@ def talk(chat: Chat) -> None:
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("\n> " if terminal else "").rstrip()
-            command, _, text = line.partition(" ")
+            command, text = [*line.split(maxsplit=1), "", ""][:2]
             if command == "/exit":
                 return
             try:

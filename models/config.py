@@ -234,7 +234,7 @@ def _experts(raw: dict[str, Any], layers: int) -> dict[str, Any]:
     if per_token > experts:
         raise ValueError(f"num_experts_per_tok={per_token}: there are only num_experts={experts}")
     dense = raw.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ValueError(f"mlp_only_layers={dense!r}: expected a list of layers")
     step = _integer(raw, "decoder_sparse_step", default=1)
     return {
@@ -261,6 +261,8 @@ def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         if given.get(name, only) != only:
             raise ValueError(f"{name}={given[name]!r}: not computed here; only {only!r} is")
     theta = _positive(given if "rope_theta" in given else raw, "rope_theta", default=10000.0)
+    if kind == "yarn" and theta <= 1:
+        raise ValueError(f"rope_theta={theta}: must be above 1 with yarn")
     needed, optional = ROPE_TYPES[kind]
     silent = {name: value for name, value in optional.items() if given.get(name) is None}
     return theta, {"rope_type": kind, **silent} | {

@@ -30,7 +30,7 @@ from models.lora import ADAPTER_CONFIG, load_adapter, merge, read_adapter_config
 from models.stream import pack
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
-from models.weights import INDEX, WEIGHTS, load_model, resolve_model_dir, save_model, weight_files
+from models.weights import load_model, resolve_model_dir, save_model, stored_dtype, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARE_TO_WARN_OF = 0.1
@@ -71,13 +71,13 @@ def main(cfg: DictConfig) -> None:
 def export(cfg: DictConfig) -> None:
     """Merge, measure, write. What can be wrong is looked at before anything is written."""
     check(cfg)
-    source, target = resolve_model_dir(cfg.model_name_or_path), Path(cfg.export_dir)
+    source, target = resolve_model_dir(cfg.model_name_or_path), Path(cfg.export_dir).expanduser()
     check_target(target, source, overwrite=cfg.overwrite_output_dir)
     read_model_config(source)
-    weight_files(source)
+    stored = stored_dtype(weight_files(source))
     if cfg.adapter_name_or_path:
-        read_adapter_config(Path(cfg.adapter_name_or_path))
-    stored, dtype = dtypes(source, cfg.infer_dtype)
+        read_adapter_config(Path(cfg.adapter_name_or_path).expanduser())
+    dtype = dtype_to_write(source, cfg.infer_dtype)
     (probe_ids,) = Tokenizer(source).encode([PROBE])
 
     # In a dtype that holds what is stored and what is written: nothing is rounded before the sum is.
@@ -85,7 +85,7 @@ def export(cfg: DictConfig) -> None:
     model.dtype = torch.float32
     base_TV = log_probabilities(model, probe_ids)
     if cfg.adapter_name_or_path:
-        load_adapter(model, Path(cfg.adapter_name_or_path), dropout=0.0)
+        load_adapter(model, Path(cfg.adapter_name_or_path).expanduser(), dropout=0.0)
     adapted_TV = log_probabilities(model, probe_ids)
     merge(model)
     model.to(dtype)
@@ -107,6 +107,8 @@ def check(cfg: DictConfig) -> None:
     for key in map(str, cfg):
         if OmegaConf.is_missing(cfg, key):
             raise ValueError(f"{key} is not set; pass {key}=...")
+    if not cfg.export_dir:
+        raise ValueError("export_dir='': name a directory")
     if not 0 < cfg.export_size < math.inf:
         raise ValueError(f"export_size={cfg.export_size}: must be above 0")
     if cfg.infer_dtype not in ("auto", *DTYPES):
@@ -122,21 +124,19 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     if (target / ADAPTER_CONFIG).is_file():
         # transformers and PEFT apply an adapter that lies beside a model, here a second time.
         raise ValueError(f"export_dir={target}: holds an adapter, which readers would add once more; name another")
-    if not overwrite and any((target / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+    if not overwrite and ((target / "config.json").exists() or any(target.glob("model*.safetensors*"))):
         raise ValueError(f"export_dir={target}: holds a model already; name another, or pass overwrite_output_dir=true")
 
 
-def dtypes(source: Path, infer_dtype: str) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the stored weights, dtype to write)."""
+def dtype_to_write(source: Path, infer_dtype: str) -> torch.dtype:
+    """infer_dtype, or what the base's config.json says."""
     config = read_json(source / "config.json")
-    given = config.get("dtype", config.get("torch_dtype"))
-    stored = DTYPES.get(str(given))
-    if infer_dtype == "auto" and stored is None:
+    name = config.get("dtype", config.get("torch_dtype")) if infer_dtype == "auto" else infer_dtype
+    if str(name) not in DTYPES:
         raise ValueError(
-            f"infer_dtype=auto: {source / 'config.json'} says dtype={given!r}; name one of {', '.join(DTYPES)}"
+            f"infer_dtype=auto: {source / 'config.json'} says dtype={name!r}; name one of {', '.join(DTYPES)}"
         )
-    stored = stored or torch.float32  # which holds whatever it is
-    return stored, DTYPES.get(infer_dtype, stored)
+    return DTYPES[str(name)]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -49,10 +49,7 @@ def generate(
 
     batch_size: prompts computed at once; those of similar length go together. Dropout is off meanwhile.
     """
-    limits = (("samples", samples, 1), ("max_new_tokens", max_new_tokens, 0), ("batch_size", batch_size, 1))
-    for name, value, least in limits:
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+    check_counts(samples=(samples, 1), max_new_tokens=(max_new_tokens, 0), batch_size=(batch_size, 1))
     if len(seeds) != len(prompts) * samples:
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts of {samples} samples: expected one for each")
     check_ids(model, prompts)
@@ -75,10 +72,10 @@ def generate(
             # Of each prompt in the batch, its samples' places in results.
             rows = [range(p * samples, (p + 1) * samples) for p in batch]
             row_seeds = [[seeds[sample] for sample in row] for row in rows]
-            decoder = Decoder(model, [prompts[p] for p in batch], row_seeds, sampling, max_new_tokens)
+            decoding = Decoding(model, [prompts[p] for p in batch], row_seeds, sampling, max_new_tokens)
             unfinished = {sample for row in rows for sample in row}
             for _ in range(max_new_tokens):
-                tokens = iter(decoder.next_tokens())
+                tokens = iter(decoding.next_tokens())
                 chosen = [(sample, next(tokens)) for row in rows for sample in row]
                 unfinished -= {sample for sample, token in chosen if sample in unfinished and ends(sample, token)}
                 # Prompts whose samples have all ended leave the batch; by halves, because it copies the cache.
@@ -86,7 +83,7 @@ def generate(
                 if not alive:
                     break
                 if len(alive) <= len(rows) / 2:
-                    decoder.keep(alive)
+                    decoding.keep(alive)
                     rows = [rows[r] for r in alive]
     return results
 
@@ -101,11 +98,12 @@ def stream_tokens(
     seed: int,
 ) -> Iterator[int]:
     """The tokens of one continuation as they are chosen."""
+    check_counts(max_new_tokens=(max_new_tokens, 0))
     check_ids(model, [prompt])
     with _decoding(model):
-        decoder = Decoder(model, [prompt], [[seed]], sampling, max_new_tokens)
+        decoding = Decoding(model, [prompt], [[seed]], sampling, max_new_tokens)
         for _ in range(max_new_tokens):
-            (token,) = decoder.next_tokens()
+            (token,) = decoding.next_tokens()
             if token in stop_ids:
                 return
             yield token
@@ -121,6 +119,13 @@ def _decoding(model: Transformer) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Each name's value and the least that it may be."""
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
 
 
 def check_ids(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
@@ -142,7 +147,7 @@ class StopStrings:
         self.strings, self.tokenizer = strings, tokenizer
 
     def __call__(self, sample: int, ids: list[int]) -> bool:
-        # All is decoded anew (0.3 ms for 1,000 tokens): what a token means can hang on any before it.
+        # All is decoded anew, as in Tokenizer.decode_stream: what a token means can hang on any before it.
         text = self.tokenizer.decode(ids)
         return any(string in text for string in self.strings)
 
@@ -151,7 +156,7 @@ class StopStrings:
         return text[: min((text.find(string) for string in self.strings if string in text), default=len(text))]
 
 
-class Decoder:
+class Decoding:
     """One batch of P prompts with n samples each, a token further at every call of next_tokens."""
 
     @torch.inference_mode()

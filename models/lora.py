@@ -228,18 +228,22 @@ def load_adapter(model: Transformer, adapter_dir: Path, *, dropout: float) -> di
         )
     names = {layer_of[name] for name in stored} | _listed_layers(config, linear)
     settings = {"rank": config["r"], "alpha": config["lora_alpha"], "use_rslora": config["use_rslora"]}
+    # Before the layers are made: a config may claim a rank that no memory holds.
+    for name in sorted(names):
+        outputs, inputs = linear[name].weight.shape
+        for part, shape in (("lora_A", (config["r"], inputs)), ("lora_B", (outputs, config["r"]))):
+            tensor = stored.get(f"{PEFT_PREFIX}{name}.{part}.weight")
+            if tensor is None:
+                raise ValueError(
+                    f"{path}: tensor {name}.{part}.weight is missing; is this adapter of another base model?"
+                )
+            if tensor.shape != shape:
+                raise ValueError(f"{path}: {name}.{part} has shape {tuple(tensor.shape)}, the model asks for {shape}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name}.{part} is {tensor.dtype}; expected float32, bfloat16 or float16")
     inject_lora(model, **settings, dropout=dropout, target=",".join(names), seed=0)
     for name, parameter in adapter_tensors(model).items():
-        tensor = stored.get(f"{PEFT_PREFIX}{name}.weight")
-        if tensor is None:
-            raise ValueError(f"{path}: tensor {name}.weight is missing; is this adapter of another base model?")
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the model asks for {tuple(parameter.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16 or float16")
-        parameter.data.copy_(tensor)
+        parameter.data.copy_(stored[f"{PEFT_PREFIX}{name}.weight"])
     return lora_layers(model)
 
 

@@ -6,7 +6,7 @@ f_i = theta^(-2i/E), so that a query-key product depends on the distance between
 
 Scalings: `linear` divides every frequency by `factor`; `llama3` divides the slow ones, keeps the fast ones and blends
 between (Llama 3.1's config); `yarn` does the same between two components and sharpens attention by a factor on the
-embedding (Peng et al. 2023, arXiv:2309.00071, Sec. 3.2 and 3.4). Shapes: T tokens, H heads, E head dim.
+embedding (Peng et al. 2023, arXiv:2309.00071, Sec. 3.2 and 3.4). Shapes: T tokens, H heads, E head dim, F half of it.
 """
 
 import math
@@ -81,6 +81,6 @@ def rotary(positions_T: Tensor, config: ModelConfig, dtype: torch.dtype) -> tupl
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """x turned by its positions' angles; the shape and dtype of x."""
-    first, second = x_THE.chunk(2, dim=-1)
-    turned_THE = torch.cat((-second, first), dim=-1)
+    first_THF, second_THF = x_THE.chunk(2, dim=-1)
+    turned_THE = torch.cat((-second_THF, first_THF), dim=-1)
     return x_THE * cos_TE[:, None] + turned_THE * sin_TE[:, None]

@@ -29,7 +29,7 @@ class Sampling:
     def __post_init__(self) -> None:
         t = self.temperature
         for name, rule, holds in (
-            # Below, a float32 logit over the temperature can be infinite.
+            # In float32 a smaller one may be 0.
             ("temperature", "must be 0, which is greedy, or 1e-6 or more", t == 0 or 1e-6 <= t < float("inf")),
             ("top_k", "must not be negative; 0 keeps every token", self.top_k >= 0),
             ("top_p", "must be above 0 and at most 1, which keeps every token", 0 < self.top_p <= 1),
@@ -57,14 +57,14 @@ def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
     p_NV = probabilities(logits_NV, sampling)
     # float64, or fifty thousand small terms would lose the tail. The last step guards against a total just below u.
     cumulative_NV = p_NV.cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(cumulative_NV, uniform_N.double()[:, None] * cumulative_NV[:, -1:], right=True)
-    return drawn[:, 0]
+    drawn_N1 = torch.searchsorted(cumulative_NV, uniform_N.double()[:, None] * cumulative_NV[:, -1:], right=True)
+    return drawn_N1[:, 0]
 
 
 def probabilities(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """(N, V) probabilities that are drawn from, at least float32."""
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    logits_NV = wide / sampling.temperature
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logits_NV = (wide_NV - wide_NV.amax(-1, keepdim=True)) / sampling.temperature  # so that none overflows
     if 0 < sampling.top_k < logits_NV.shape[-1]:
         least_N1 = logits_NV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)

@@ -19,6 +19,7 @@ Shapes: T tokens of the stream, R response tokens, B branches, N rows, Q queries
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,22 +61,11 @@ class Stream:
     """where each token's output lies in the rows' flattened and concatenated outputs."""
 
     def to(self, device: torch.device) -> "Stream":
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+        def move(x: Any) -> Any:
+            return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
-        rows = tuple(
-            AttentionRows(move(r.query_NQ), move(r.key_NK), None if r.mask_NQK is None else move(r.mask_NQK))
-            for r in self.rows
-        )
-        return Stream(
-            move(self.input_ids_T),
-            move(self.positions_T),
-            move(self.predictor_R),
-            move(self.target_R),
-            move(self.lengths_B),
-            rows,
-            move(self.slot_T),
-        )
+        rows = tuple(AttentionRows(**{name: move(x) for name, x in vars(row).items()}) for row in self.rows)
+        return Stream(**{name: move(x) for name, x in vars(self).items()} | {"rows": rows})
 
 
 def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Stream:

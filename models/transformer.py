@@ -7,7 +7,8 @@ A block's SwiGLU may be a mixture of experts. The model returns hidden states, n
 were trained. `dtype` is the dtype of the computation; a weight kept in a wider one (a trained float32 master) is cast
 where it is used.
 
-Shapes: T tokens, D width, H query heads, G key-value heads, E head dim, V vocabulary, X experts, K experts per token.
+Shapes: T tokens, D width, F inner width, H query heads, G key-value heads, E head dim, V vocabulary, X experts, K of
+a token.
 """
 
 from collections.abc import Callable, Sequence
@@ -111,8 +112,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate, up = project(x_TD, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        gate_TF, up_TF = project(x_TD, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate_TF) * up_TF)
 
 
 class Router(nn.Module):
@@ -209,7 +210,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) next-token logits of a few final hidden states."""
-        if self.packed_head is not None:
+        if self.packed_head is not None and not torch.is_grad_enabled():
             return self.packed_head(hidden_ND)[0]
         return F.linear(hidden_ND, self.head_weight_VD.to(hidden_ND.dtype))
 

@@ -5,9 +5,11 @@ read, so a checkpoint is in memory once. A file may come from a stranger: what i
 on, so that a bad one costs one error, not what it asks for. Left out: pytorch_model.bin (pickle) and quantised formats.
 """
 
+import functools
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,8 +27,9 @@ from models.config import one_line, read_json, read_model_config
 from models.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Most bytes of header that are read. A tensor's entry takes about 130, so Qwen3-235B's 37,000 tensors take 5 MB; an
 # optimiser's file has three tensors for each that is trained.
 MODEL_HEADERS, FILE_HEADER = 8 << 20, 32 << 20
@@ -71,6 +74,8 @@ def choose_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: this PyTorch sees no CUDA device; pass device=cpu or auto")
     index = device.partition(":")[2]
+    if device.startswith("cpu") and index:
+        raise ValueError(f"device={device}: the CPU is one device; pass device=cpu")
     if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
         raise ValueError(f"device={device}: this PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -234,6 +239,14 @@ def _read_headers(files: list[Path], limit: int) -> list[StoredTensor]:
     return stored
 
 
+def stored_dtype(files: list[Path]) -> torch.dtype:
+    """The dtype that holds every tensor of `files` as it is stored; config.json may say another."""
+    names = {tensor.dtype for tensor in _read_headers(files, MODEL_HEADERS)} & FLOATS.keys()
+    if not names:
+        raise ValueError(f"{files[0]}: holds no tensor of {', '.join(FLOATS)}; is it a model's?")
+    return functools.reduce(torch.promote_types, [FLOATS[name] for name in names])
+
+
 def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable safetensors file ({one_line(error)})")
 
@@ -275,8 +288,8 @@ def save_model(model: Transformer, target_dir: Path, *, source_dir: Path, shard_
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, tensors in zip(names, parts, strict=True):
         write_tensors(target_dir / name, tensors)
-    for path in target_dir.glob("model*.safetensors*"):
-        if path.name not in names:
+    for path in target_dir.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in names:
             path.unlink()  # an earlier model's, its index, or half a file of a write that was cut short
     if count > 1:
         total = sum(tensor.nbytes for tensors in parts for tensor in tensors.values())

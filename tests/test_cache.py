@@ -9,7 +9,7 @@ from test_transformer import FAMILIES, build, load
 from torch import Tensor
 
 from models.cache import Cache
-from models.generate import Decoder, generate
+from models.generate import Decoding, generate
 from models.sampling import GREEDY, Sampling, choose
 from models.stream import pack
 from models.transformer import Transformer
@@ -90,8 +90,8 @@ def generate_slowly(model, prompts, *, samples, max_new_tokens, stop_ids, sampli
 def kept(monkeypatch) -> list[int]:
     """How many prompts stayed, each time that some left a batch."""
     calls: list[int] = []
-    keep = Decoder.keep
-    monkeypatch.setattr(Decoder, "keep", lambda decoder, rows: (calls.append(len(rows)), keep(decoder, rows)))
+    keep = Decoding.keep
+    monkeypatch.setattr(Decoding, "keep", lambda decoder, rows: (calls.append(len(rows)), keep(decoder, rows)))
     return calls
 
 
