@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
-from dpo.config import EvalConfig, TrainConfig, check
+from dpo.config import EvalConfig, TrainConfig, check, preference_loss_of
 from models.command import ANY, WITHOUT_EFFECT, _quote, expand_arguments, one_line_errors, prepare_command_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -84,6 +84,29 @@ def test_floats_as_llama_factory_writes_them(tmp_path):
     """`1e-7` without a point is text in YAML 1.1; OmegaConf reads it as the number that was meant."""
     cfg = composed([yaml_file(tmp_path, "learning_rate: 5.0e-7\npref_beta: 1e-1\nval_size: .5\nseed: 1\n")])
     assert (cfg.learning_rate, cfg.pref_beta, cfg.val_size, cfg.seed) == (5e-7, 0.1, 0.5, 1)
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
+def test_several_losses_reach_the_config_typed_or_from_a_file(tmp_path, schema):
+    """As a list or as LLaMA-Factory's text with commas; either way the same loss."""
+    file = yaml_file(tmp_path, "pref_loss: sigmoid,bco_pair,sft\nloss_weights: [0.8, 0.2, 1]\n")
+    for arguments in (
+        ["pref_loss=[sigmoid,bco_pair,sft]", "loss_weights=[0.8,0.2,1.0]"],
+        ["pref_loss=sigmoid,bco_pair,sft", "loss_weights=0.8,0.2,1.0"],
+        [file],
+        ["loss=mpo"] if schema is TrainConfig else [file],
+        ["loss=hinge", file] if schema is TrainConfig else [file, "pref_loss=[sigmoid,bco_pair,sft]"],
+    ):
+        needed = [] if schema is TrainConfig else ["model_name_or_path=world", "eval_dataset=world"]
+        loss = preference_loss_of(composed([*arguments, *needed], schema))
+        names = [part.function.__name__ for part, _ in loss.losses]
+        assert names == ["sigmoid_loss", "bco_pair_loss", "sft_loss"], arguments
+        assert [weight for _, weight in loss.losses] == [0.8, 0.2, 1.0], arguments
+
+
+def test_in_a_multirun_a_comma_between_losses_is_a_sweep_and_one_in_brackets_is_not():
+    for typed in ("pref_loss=sigmoid,hinge", "pref_loss=[sigmoid,sft],hinge"):
+        assert expand_arguments(["-m", typed], TrainConfig)[0] == ["-m", typed]
 
 
 SCALARS = st.text(max_size=8) | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False)

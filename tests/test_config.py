@@ -1,19 +1,22 @@
 """The config: one set of keys everywhere, every range enforced by name, every group file what it says."""
 
 import copy
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
-from dpo.config import RULES, EvalConfig, TrainConfig, check
-from dpo.losses import PREF_LOSSES
+from dpo.config import RULES, TERM_KEYS, EvalConfig, TrainConfig, check, preference_loss_of
+from dpo.losses import OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
+from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss
 from models.template import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,13 @@ def changed(cfg: DictConfig, **values: object) -> DictConfig:
     for key, value in values.items():
         cfg[key] = value
     return cfg
+
+
+def some_pairs() -> Pairs:
+    """Three pairs whose log-ratios differ in sign, as do their lengths."""
+    columns = [[-8, -3, -9], [-6, -4, -12], [2, -3, 0.5], [-1, -2, -1.5], [4, 2, 3], [2, 5, 3], [3, 3, 3]]
+    ones = torch.ones(3)
+    return Pairs(*map(torch.tensor, columns), weight=ones, margin=0 * ones, soft_label=math.nan * ones)
 
 
 # --- keys ---
@@ -83,13 +93,37 @@ READERS = {
     "eval": (EvalConfig, ("dpo/build.py", "eval.py")),
 }
 
+LOSS_KEYS = {"pref_loss", "loss_weights", *OPTIONS.values(), *TERM_KEYS}
+
+
+class Recorder:
+    """A config that notes which keys are asked for."""
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg, self.asked = cfg, set()
+
+    def __getattr__(self, key: str) -> object:
+        return self[key]
+
+    def __getitem__(self, key: str) -> object:
+        self.asked.add(key)
+        return self.cfg[key]
+
+
+def test_the_losss_keys_are_read_by_the_function_that_builds_it(default):
+    recorder = Recorder(default)
+    preference_loss_of(recorder)
+    assert recorder.asked == LOSS_KEYS
+    assert set(TERM_KEYS) < {f.name for f in fields(PreferenceLoss)}
+
 
 @pytest.mark.parametrize("command", READERS)
 def test_every_key_is_read_somewhere(command):
-    """As cfg.KEY. `run` is expanded on the command line, and `task` has one choice so far."""
+    """As cfg.KEY, or by preference_loss_of. `run` is expanded on the command line, and `task` has one choice so far."""
     schema, files = READERS[command]
     text = sources(*files)
-    read = set(re.findall(r"\bcfg\.(?:get\(\")?([a-z_0-9]+)", text))
+    read = set(re.findall(r"\bcfg\.(?:get\(\")?([a-z_0-9]+)", text)) | LOSS_KEYS
+    assert "preference_loss_of(cfg)" in text
     unread = {f.name for f in fields(schema)} - read
     assert unread == ({"run", "task"} if command == "eval" else set())
 
@@ -123,7 +157,27 @@ def test_every_group_file_passes_its_checks():
         overrides = [f"{key}={value}" for key, value in given.items()]
         warnings = check(composed("config", *others, f"{path.parent.name}={path.stem}", *overrides))
         # The guide's two columns are for full fine-tuning, and say so with LoRA.
-        assert [w for w in warnings if "suits full fine-tuning" not in w] == [], path
+        # SimPO's gamma is always said in the other convention too.
+        expected = ("suits full fine-tuning", "which is gamma / beta")
+        assert [w for w in warnings if not any(text in w for text in expected)] == [], path
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("loss/*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
+    """None is refused, and changing any number changes the loss of a pair."""
+    cfg = composed("config", f"loss={path.stem}")
+    check(cfg)
+    pairs = some_pairs()
+    result = preference_loss_of(cfg)(pairs)
+    assert result.isfinite().all() and result.shape == (3,)
+    for key, value in OmegaConf.load(path).items():
+        if isinstance(value, float):
+            assert not torch.equal(preference_loss_of(changed(cfg, **{key: value * 0.7}))(pairs), result), key
+    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "mpo")
+
+
+def test_every_loss_but_the_auxiliary_one_has_its_file():
+    assert set(PREF_LOSSES) - {path.stem for path in CONF.glob("loss/*.yaml")} == {"sft"}
 
 
 GUIDE = {"conservative": (1e-7, 0.05, 16), "recommended": (5e-7, 0.1, 32)}
@@ -153,14 +207,28 @@ def test_without_the_default_experiment_model_and_dataset_must_be_named():
 
 # --- rules ---
 
+# The settings under which a key is read, where that is not the default's.
+READ_UNDER = {
+    "discopop_tau": {"pref_loss": "discopop"},
+    "simpo_gamma": {"pref_loss": "simpo"},
+    "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+}
 # key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
 EDGES: dict[str, tuple[list, list]] = {
     "task": (["perplexity", ""], ["preference"]),
     "stage": (["ppo", "DPO"], ["dpo", "sft"]),
     "finetuning_type": (["freeze"], ["lora", "full"]),
     "template": (["vicuna"], ["auto", *TEMPLATES]),
-    "pref_loss": (["orpo", "simpo"], list(PREF_LOSSES)),
     "pref_beta": ([0.0, -0.1, float("inf"), float("nan")], [1e-9]),
+    "dpo_label_smoothing": ([0.5, 1.0, -0.1, float("nan")], [0.0, 0.49]),
+    "discopop_tau": ([0.0, -1.0], [1e-9]),
+    "simpo_gamma": ([-0.1, float("inf")], [0.0, 1.5]),
+    "pref_ftx": ([-1.0, float("nan")], [0.0, 1.0]),
+    "dpop_lambda": ([-1.0], [0.0, 50.0]),
+    "len_reg_alpha": ([float("nan"), float("inf")], [-0.1, 0.0, 0.1]),
+    "ld_alpha": ([-0.1, 1.1, float("nan")], [0.0, 1.0, None]),
+    "f_divergence_type": (["kl", ""], list(F_DIVERGENCES)),
+    "f_alpha_divergence_coef": ([1.0, float("nan")], [-1.0, 0.0, 2.0]),
     "lora_rank": ([0, -8], [1]),
     "lora_alpha": ([0.0, -1.0], [0.5, None]),
     "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
@@ -197,7 +265,7 @@ def test_every_rule_has_its_edges_tested():
 @pytest.mark.parametrize("key", EDGES)
 def test_a_value_out_of_range_is_refused_with_its_name_and_the_rule(default, default_eval, key):
     # val_size and an eval_dataset exclude each other, which is another rule.
-    cfg = changed(default, eval_dataset=None) if key in default else default_eval
+    cfg = changed(default, eval_dataset=None, **READ_UNDER.get(key, {})) if key in default else default_eval
     bad, good = EDGES[key]
     for value in bad:
         with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: (must|expected)"):
@@ -207,8 +275,64 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_the_rule(default, def
 
 
 def test_rules_name_the_choices(default):
-    with pytest.raises(ValueError, match=r"^pref_loss=kto: expected one of sigmoid, hinge, ipo$"):
-        check(changed(default, pref_loss="kto"))
+    for given in ("kto", "sigmoid,kto", ["sigmoid", "kto"]):
+        shown = given if isinstance(given, str) else ",".join(given)
+        with pytest.raises(ValueError, match=rf"^pref_loss={shown}: expected one or several of sigmoid, .*, sft$"):
+            check(changed(default, pref_loss=given))
+    with pytest.raises(ValueError, match=r"^f_divergence_type=kl: expected one of reverse_kl, forward_kl, js_div"):
+        check(changed(default, f_divergence_type="kl"))
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("given", [["sigmoid", "bco_pair"], "sigmoid,bco_pair", "sigmoid, bco_pair"])
+@pytest.mark.parametrize("weights", [[0.8, 0.2], "0.8,0.2", ["0.8", 0.2]])
+def test_losses_and_weights_are_lists_or_text_with_commas(default, given, weights):
+    loss = preference_loss_of(changed(default, pref_loss=given, loss_weights=weights))
+    assert loss.losses == ((PREF_LOSSES["sigmoid"], 0.8), (PREF_LOSSES["bco_pair"], 0.2))
+
+
+def test_one_loss_without_a_list_and_no_weights_are_weight_1(default):
+    assert preference_loss_of(changed(default, pref_loss="ipo")).losses == ((PREF_LOSSES["ipo"], 1.0),)
+    assert preference_loss_of(changed(default, pref_loss="ipo", loss_weights=2)).losses == ((PREF_LOSSES["ipo"], 2.0),)
+
+
+@pytest.mark.parametrize("command", ["default", "default_eval"])
+def test_every_key_reaches_the_loss(request, command):
+    values = {
+        "pref_loss": ["sigmoid", "discopop", "simpo"], "pref_beta": 0.7, "dpo_label_smoothing": 0.1,
+        "discopop_tau": 0.2, "simpo_gamma": 0.3, "pref_ftx": 0.4, "dpop_lambda": 5.0, "len_reg_alpha": 0.6,
+        "ld_alpha": 0.8, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9,
+    }  # fmt: skip
+    loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
+    assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]
+    assert loss.options == {"beta": 0.7, "label_smoothing": 0.1, "tau": 0.2, "gamma": 0.3}
+    assert {key: getattr(loss, key) for key in TERM_KEYS} == {key: values[key] for key in TERM_KEYS}
+
+
+UNREAD = [
+    ({"pref_loss": "hinge", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing=0.1: not read by pref_loss=hinge"),
+    ({"simpo_gamma": 1.0}, "simpo_gamma=1.0: not read by pref_loss=sigmoid"),
+    ({"discopop_tau": 0.1}, "discopop_tau=0.1: not read by pref_loss=sigmoid"),
+    ({"pref_loss": "nca_pair", "dpop_lambda": 1.0}, "dpop_lambda=1.0: not read by pref_loss=nca_pair"),
+    ({"pref_loss": "ipo", "len_reg_alpha": 0.1}, "len_reg_alpha=0.1: not read by pref_loss=ipo"),
+    ({"pref_loss": "bco_pair", "f_divergence_type": "forward_kl"}, "f_divergence_type=forward_kl: not read by pref_l"),
+    ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: not read by f_divergence_type=reverse_kl"),
+    ({"pref_loss": "exo_pair"}, "dpo_label_smoothing=0: exo_pair takes its logarithm"),
+    ({"loss_weights": [1.0, 2.0]}, "loss_weights=[1.0, 2.0]: 2 for 1 losses; give one for each"),
+    ({"loss_weights": "a"}, "loss_weights=a: expected a number for each loss of pref_loss"),
+    ({"loss_weights": [float("inf")]}, "loss_weights=[inf]: must be finite"),
+    ({"pref_loss": []}, "pref_loss=: expected one or several of sigmoid"),
+    ({"pref_loss": [["sigmoid"]]}, "pref_loss=['sigmoid']: expected one or several of sigmoid"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), UNREAD, ids=[m.partition(":")[0] for _, m in UNREAD])
+@pytest.mark.parametrize("command", ["default", "default_eval"])
+def test_what_the_loss_does_not_read_is_refused_by_both_commands(request, command, values, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check(changed(request.getfixturevalue(command), **values))
 
 
 # --- combinations ---
@@ -254,7 +378,12 @@ def test_bf16_and_fp16_together_are_refused_in_an_evaluation_too(default_eval):
 
 WARNED = [
     ({"finetuning_type": "full", "learning_rate": 2e-5}, "learning_rate=2e-05 is the size of SFT's"),
-    ({"pref_beta": 1.5}, r"pref_beta=1\.5 is far above the usual"),
+    ({"pref_beta": 1.5}, r"pref_beta=1\.5 lies outside 0\.001 to 1, as is usual with sigmoid, which reads sums"),
+    (
+        {"pref_loss": ["sft", "sigmoid_norm"], "pref_beta": 0.5},
+        r"pref_beta=0\.5 lies outside 1 to 20, .* means per",
+    ),
+    ({"pref_loss": "simpo", "pref_beta": 2.0}, r"simpo_gamma=0\.5, which is gamma / beta = 0\.25"),
 ]
 NOT_WARNED = [
     {"finetuning_type": "full", "learning_rate": 1.9e-5},

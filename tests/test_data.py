@@ -539,3 +539,41 @@ def test_llama_factorys_demo_pairs_load_and_fit_their_template(real, template, n
     assert (len(examples), bad) == (300, [])
     rows, bad = encode_all(examples[:30], template, cutoff_len=2048, on_bad_row="skip")
     assert len(rows) + len(bad) == 30 and all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= 2048 for r in rows)
+
+
+# --- numbers of a row ---
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_row_may_say_weight_margin_and_soft_label(tmp_path, name):
+    """Whole numbers too; null is as if the key were not there."""
+    rows = [GOOD | {"weight": 2, "margin": -0.5, "soft_label": 0.75}, GOOD | {"weight": None}, GOOD | {"weight": 0}]
+    text = json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows))
+    examples, _ = read(tmp_path, text, name=name)
+    assert [(e.weight, e.margin, e.soft_label) for e in examples] == [(2, -0.5, 0.75), (1, 0, None), (0, 0, None)]
+    assert all(isinstance(e.weight, float) for e in examples)
+
+
+BAD_NUMBERS = [
+    ("weight", "-1", "weight must be at least 0, got int -1"),
+    ("weight", "true", "weight must be at least 0, got bool True"),
+    ("weight", "NaN", "weight must be at least 0, got float nan"),
+    ("weight", "1" + "0" * 400, "weight must be at least 0, got int 1000"),
+    ("margin", '"x"', "margin must be a finite number, got str 'x'"),
+    ("margin", "-Infinity", "margin must be a finite number, got float -inf"),
+    ("margin", "1e999", "margin must be a finite number, got float inf"),
+    ("margin", "[1]", "margin must be a finite number, got list [1]"),
+    ("soft_label", "2", "soft_label must be between 0 and 1, got int 2"),
+    ("soft_label", "-0.1", "soft_label must be between 0 and 1, got float -0.1"),
+    ("soft_label", "NaN", "soft_label must be between 0 and 1, got float nan"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), BAD_NUMBERS)
+def test_a_number_of_a_row_out_of_its_range_is_a_bad_row(tmp_path, key, value, message):
+    text = f'{json.dumps(GOOD)}\n{{"prompt": "q", "chosen": "c", "rejected": "r", "{key}": {value}}}\n'
+    with pytest.raises(BadRow) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: {message}")
+    examples, bad = read(tmp_path, text, on_bad_row="skip")
+    assert len(examples) == 1 and bad == [str(caught.value)]

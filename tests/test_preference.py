@@ -149,7 +149,7 @@ def test_tokens_beyond_the_shorter_response_count_alpha():
     expected = [[1, 1, 0.3, 0.3], [1, 1], [1], [1, 0.3, 0.3], [1, 1], [1, 1], [], [0.3]]
     lengths_B = torch.tensor([4, 2, 1, 3, 2, 2, 0, 1])
     assert shared_token_weights(lengths_B, 0.3).tolist() == pytest.approx(
-        [weight for row in expected for weight in row]
+        [weight for response in expected for weight in response]
     )
 
 

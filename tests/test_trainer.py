@@ -1,20 +1,44 @@
 """The training loop: how a batch is cut does not show, a seed determines a run, a resume continues it exactly."""
 
+import copy
 import json
+import math
+import random
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+import test_losses
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dpo.build import WORLD
+from dpo.checkpoint import trainable
+from dpo.data import Encoded, Example
+from dpo.losses import OFF, PREF_LOSSES, PrefLoss
 from dpo.metrics import TIMING_KEYS
-from dpo.trainer import Plan
+from dpo.preference import PreferenceObjective, preference_loss
+from dpo.reference import frozen_reference
+from dpo.trainer import Objective, Plan, SFTObjective, Trainer, _Clock, evaluate
+from models.config import parse_model_config
+from models.lora import inject_lora
+from models.transformer import Transformer
 from models.weights import read_tensors
 from train import train
 
+LAWS = [
+    test_losses.test_a_loss_is_per_pair_unless_it_couples,
+    test_losses.test_a_step_from_the_start_pushes_each_side_as_declared,
+    test_losses.test_gradients_are_autograds_own,
+    test_losses.test_a_loss_on_the_margin_reads_only_the_difference,
+    partial(test_losses.test_the_start_is_the_loss_where_policy_equals_reference, beta=0.5),
+    partial(test_losses.test_a_loss_that_falls_falls_everywhere, beta=0.5),
+]
 CONF = str(Path(__file__).parent.parent / "conf")
 SMALL = ["max_samples=24", "max_steps=3", "logging_steps=1", "num_samples=0", "eval_dataset=null", "device=cpu"]
 
@@ -33,7 +57,173 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
     return read_tensors(run / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
+# --- the cut of a batch, in float64, for every loss ---
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 23, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
+CUTS = [(8, 1), (2, 4), (3, 3), (1, 8)]
+
+
+@lru_cache(maxsize=1)
+def small_config() -> DictConfig:
+    return config(Path("unused"), "lr_scheduler_type=constant", "learning_rate=1e-2", "max_grad_norm=1.0")
+
+
+def small_model(seed: int) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(parse_model_config(MODEL), torch.float64).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def random_rows(count: int, **numbers: float) -> list[Encoded]:
+    """Pairs of random tokens, 1 to 6 a response."""
+    draw = random.Random(0)
+
+    def ids() -> list[int]:
+        return [draw.randrange(23) for _ in range(draw.randint(1, 6))]
+
+    return [
+        Encoded(
+            ids(), (ids(), ids()), Example((), ("", ""), f"rows:{i}", **{k: v * i for k, v in numbers.items()}), 0, ()
+        )
+        for i in range(1, count + 1)
+    ]
+
+
+def objective_of(policy: Transformer, names: Sequence[str], **terms: object) -> PreferenceObjective:
+    options = {"beta": 0.3, "label_smoothing": 0.1, "tau": 0.7, "gamma": 0.4}
+    read = {option for name in names for option in PREF_LOSSES[name].options} | {"beta"}
+    loss = preference_loss(names, None, {k: v if k in read else OFF[k] for k, v in options.items()}, **terms)
+    return PreferenceObjective(loss, frozen_reference(small_model(1)))
+
+
+def three_updates(
+    rows: list[Encoded], cut: tuple[int, int], objective: Callable[[Transformer], Objective], dropout: float = 0.0
+) -> list[Tensor]:
+    """The weights after three updates on the same batch, and the gradient norm and metrics of each."""
+    policy = small_model(0).requires_grad_(True)
+    if dropout:
+        inject_lora(policy, rank=2, alpha=4, use_rslora=False, dropout=dropout, target="all", seed=0)
+        policy.double()
+    cfg = copy.deepcopy(small_config())
+    cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps = cut
+    trainer = Trainer(cfg, policy, objective(policy), rows, [], None, Path("unused"))  # type: ignore[arg-type]
+    seen = []
+    for _ in range(3):
+        _, norm = trainer.update(rows, _Clock())
+        trainer.step += 1
+        seen.append(norm)
+    weights = [tensor.detach() for _, tensor in sorted(trainable(policy).items())]
+    return [*weights, *seen, torch.tensor(list(trainer.window.means().values()))]
+
+
+OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
+    name: lambda policy, name=name: objective_of(policy, [name]) for name in PREF_LOSSES
+} | {
+    "combination": lambda policy: objective_of(policy, ["sigmoid", "aot", "kto_pair", "sft"]),
+    "terms": lambda policy: objective_of(policy, ["sigmoid"], pref_ftx=0.5, dpop_lambda=2.0, len_reg_alpha=0.1,
+                                         ld_alpha=0.5, f_divergence_type="js_divergence"),
+    "coupled terms": lambda policy: objective_of(policy, ["sigmoid", "aot"], pref_ftx=0.5, dpop_lambda=2.0,
+                                                 ld_alpha=0.5),
+    "stage=sft": lambda policy: SFTObjective(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_shows_how_its_batch_was_cut(name):
+    """8 x 1, 2 x 4, 3 x 3 (the last of 2) and 1 x 8: weights, gradient norms and metrics to 1e-9, after 3 updates."""
+    rows = random_rows(8)
+    if name == "stage=sft":
+        rows = [replace(row, response_ids=row.response_ids[:1]) for row in rows]
+    expected = three_updates(rows, CUTS[0], OBJECTIVES[name])
+    for cut in CUTS[1:]:
+        torch.testing.assert_close(three_updates(rows, cut, OBJECTIVES[name]), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_with_numbers_of_their_own_do_not_show_the_cut_either():
+    rows = random_rows(8, weight=0.3, margin=0.2, soft_label=0.1)
+    results = [three_updates(rows, cut, OBJECTIVES["sigmoid"]) for cut in CUTS]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-9)
+    plain = three_updates(random_rows(8), CUTS[0], OBJECTIVES["sigmoid"])
+    assert abs(plain[-1][0] - results[0][-1][0]) > 1e-3
+
+
+def as_if(couples: bool, name: str) -> Callable[[Transformer], Objective]:
+    """The objective of a loss, taken by the other path of the trainer."""
+
+    def build(policy: Transformer) -> Objective:
+        objective = OBJECTIVES[name](policy)
+        objective.couples = couples
+        return objective
+
+    return build
+
+
+@pytest.mark.parametrize("name", [name for name, loss in PREF_LOSSES.items() if loss.couples])
+def test_a_coupled_loss_would_show_the_cut_if_each_micro_batch_were_on_its_own(name):
+    """So that the test above can fail."""
+    whole, alone = (three_updates(random_rows(8), (2, 4), build) for build in (OBJECTIVES[name], as_if(False, name)))
+    assert abs(whole[-1][0] - alone[-1][0]) > 1e-4
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(whole[:-1], alone[:-1], strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_coupled_path_is_the_plain_one_for_a_loss_that_does_not_couple(dropout):
+    """With dropout too: what is measured without gradient is measured again with the same units dropped."""
+    rows = random_rows(8)
+    plain = three_updates(rows, (2, 4), OBJECTIVES["sigmoid"], dropout)
+    coupled = three_updates(rows, (2, 4), as_if(True, "sigmoid"), dropout)
+    torch.testing.assert_close(coupled, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_an_evaluation_of_a_coupled_loss_is_of_all_rows_at_once():
+    policy, rows = small_model(0), random_rows(7)
+    for name in ("aot", "aot_unpaired", "kto_pair", "sft", "combination"):
+        metrics = [evaluate(policy, OBJECTIVES[name](policy), rows, size) for size in (7, 3, 1)]
+        for other in metrics[1:]:
+            assert other | {"eval_runtime": 0} == pytest.approx(metrics[0] | {"eval_runtime": 0}, rel=1e-9)
+
+
+# --- runs on the built-in world ---
+
+
+def test_a_loss_of_ones_own_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
+    """Squared hinge, which nobody else knows of: 1 at the start, trained, and refused what it does not read."""
+
+    def squared_hinge(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+        return (1 - beta * (chosen_logratios - rejected_logratios)).relu().square()
+
+    row = PrefLoss(squared_hinge, "max(0, 1 - x)^2", "arXiv:0000.00000", start=lambda beta: 1.0, on_margin=True)
+    monkeypatch.setitem(PREF_LOSSES, "squared_hinge", row)
+    train(config(tmp_path / "run", "pref_loss=squared_hinge", "max_steps=2", "learning_rate=1e-2", "warmup_ratio=0"))
+    first, second = rows(tmp_path / "run")
+    assert first["loss"] == pytest.approx(row.start(beta=1.0)) and second["loss"] != first["loss"]
+    train(config(tmp_path / "both", "pref_loss=[squared_hinge,sigmoid]", "dpop_lambda=1", "max_steps=1"))
+    assert rows(tmp_path / "both")[0]["loss"] == pytest.approx(1.6931472, abs=1e-6)
+    with pytest.raises(ValueError, match="dpo_label_smoothing=0.1: not read by pref_loss=squared_hinge"):
+        train(config(tmp_path / "bad", "pref_loss=squared_hinge", "dpo_label_smoothing=0.1"))
+    for law in LAWS:
+        law("squared_hinge")
+
+
+def test_rows_that_the_loss_cannot_honour_stop_the_run_before_its_first_step(tmp_path):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"margin": 1.5}) + "\n")
+    data = f"dataset={tmp_path / 'rows.jsonl'}"
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: margin=1\.5: pref_loss=bco_pair cannot honour it"):
+        train(config(tmp_path / "run", data, "pref_loss=bco_pair"))
+    assert not (tmp_path / "run").exists()
+    train(config(tmp_path / "run", data, "max_steps=1"))
+    # beta 1: the mean of log 2 and log(1 + exp(1.5)).
+    assert rows(tmp_path / "run")[0]["loss"] == pytest.approx((math.log(2) + math.log1p(math.exp(1.5))) / 2)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "[sigmoid,aot]"])
 def test_the_cut_into_micro_batches_does_not_show(tmp_path, loss):
     """8 x 1, 2 x 4 and 1 x 8 are one logical batch of 8. float32 adds up in another order, which Adam magnifies."""
     results = []
