@@ -3,7 +3,8 @@
 rewards/chosen, rewards/rejected    beta * log-ratio of the response, summed over its tokens whatever the loss reads;
                                     without a reference beta * log pi(y|x), of simpo and orpo per token
 rewards/margins                     chosen minus rejected reward
-rewards/accuracies                  share of pairs with margin > 0; a tie counts 0, so it is 0 at step 0
+rewards/accuracies                  share of pairs with margin > 0; a tie counts 0, so it is 0 at step 0; a cached
+                                    reference's ties are ties but for rounding, and there it is any number
 logps/chosen, logps/rejected        log pi(y|x) of the policy, nats, summed over the response's tokens
 """
 

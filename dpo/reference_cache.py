@@ -14,7 +14,8 @@ each, and readers read all. One whose checksum is not its name is reported and l
 again.
 
 The values are the live reference's to rounding, which depends on device and batch: in float32 the loss starts at log 2
-within 1e-5, in bfloat16 as near as two batches of one model agree.
+within 1e-5, in bfloat16 as near as two batches of one model agree. The first margins are rounding too, and no longer
+exactly 0, so the first step's rewards/accuracies mean nothing.
 
 Shapes: R response tokens of a row, or of a micro-batch's rows.
 """

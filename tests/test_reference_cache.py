@@ -1,0 +1,319 @@
+"""The cache: what was computed is found, what depends on something else is not, and a damaged part is never used."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import dpo.build
+import dpo.reference
+import dpo.reference_cache
+from dpo.build import WORLD
+from dpo.data import Encoded, Example
+from dpo.metrics import TIMING_KEYS
+from dpo.reference_cache import cached_reference, reference_key, row_key
+from dpo.trainer import to_stream
+from train import sweep_job, train
+
+CONF = str(Path(__file__).parent.parent / "conf")
+SMALL = ["max_samples=12", "per_device_train_batch_size=4", "per_device_eval_batch_size=5", "logging_steps=1",
+         "num_samples=0", "eval_dataset=null", "device=cpu"]  # fmt: skip
+EXAMPLE = Example((), (), source="rows.json:1")
+
+
+def row(prompt: list[int], *responses: list[int]) -> Encoded:
+    return Encoded(prompt, responses, EXAMPLE, dropped_turns=0, cut=(False,) * len(responses))
+
+
+ROWS = [row([1, 2], [3], [4, 5]), row([1], [2, 3, 4], [5]), row([7, 8, 9], [1, 1], [2])]
+
+
+class Live:
+    """A reference that says -(token id) / 10 of every response token, and remembers the rows it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Encoded] = []
+
+    def __call__(self, stream, rows: Sequence[Encoded]) -> torch.Tensor:
+        self.asked += rows
+        return stream.target_R / -10
+
+
+def ask(directory: Path, rows: Sequence[Encoded] = ROWS, **changed) -> list[Encoded]:
+    """The rows that had to be computed; all of them are looked up and held to what Live says."""
+    live = Live()
+    weights = directory.parent / "weights"
+    weights.touch()
+    settings = {"files": [weights], "dtype": torch.float32, "build": lambda: live} | changed
+    device = torch.device("cpu")
+    reference = cached_reference(
+        directory, rows=rows, device=device, batch_size=2, loads_model=False, **settings
+    )  # fmt: skip
+    stream = to_stream(rows, device)
+    assert torch.equal(reference(stream, rows), stream.target_R / -10)
+    return live.asked
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def parts(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/*.safetensors"))
+
+
+def test_what_was_computed_is_found(cache, capsys):
+    assert sorted(map(row_key, ask(cache))) == sorted(map(row_key, ROWS))
+    assert ask(cache) == []
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("reference cache: 0 of 3 rows found, 3 computed in ")
+    assert second.startswith("reference cache: 3 of 3 rows found, 0 computed in ") and f"({cache})" in second
+
+
+def test_new_rows_extend_it(cache):
+    ask(cache, ROWS[:2])
+    assert ask(cache, ROWS) == [ROWS[2]]
+    assert ask(cache, ROWS[::-1]) == []
+
+
+def test_a_row_that_occurs_twice_is_computed_once(cache):
+    assert ask(cache, [ROWS[0], ROWS[0]]) == [ROWS[0]]
+
+
+def test_a_part_holds_so_many_rows_at_most(cache, monkeypatch):
+    monkeypatch.setattr(dpo.reference_cache, "PART_ROWS", 1)
+    ask(cache)
+    assert len(parts(cache)) == 3 and ask(cache) == []
+
+
+def test_a_rows_key_is_its_token_ids():
+    """A moved boundary, a swap of chosen and rejected, and one other token are other rows; the text behind is not."""
+    same, *others = [
+        row([1, 2], [3], [4, 5]), row([1], [2, 3], [4, 5]), row([1, 2], [3, 4], [5]), row([1, 2], [4, 5], [3]),
+        row([1, 2], [3]), row([1, 2], [3], [4, 6]), row([12], [3], [4, 5]),
+    ]  # fmt: skip
+    assert row_key(same) == row_key(ROWS[0])
+    assert len({row_key(r) for r in [same, *others]}) == 7
+
+
+def test_the_key_is_bytes_dtype_and_version_and_not_where_the_files_lie(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("config.json", "model.safetensors", "adapter_model.safetensors")]
+    for file in files:
+        file.write_bytes(b"as it was")
+    (tmp_path / "moved").mkdir()
+    moved = [shutil.copy(file, tmp_path / "moved") for file in files]
+    key = reference_key(files, torch.float32, tmp_path)
+    assert reference_key([Path(file) for file in moved], torch.float32, tmp_path) == key
+    keys = {key, reference_key(files, torch.bfloat16, tmp_path), reference_key(files[:2], torch.float32, tmp_path)}
+    for file in files:
+        file.write_bytes(b"as it is!")
+        keys.add(reference_key(files, torch.float32, tmp_path))
+        file.write_bytes(b"as it was")
+        assert reference_key(files, torch.float32, tmp_path) == key
+    monkeypatch.setattr(dpo.reference_cache, "NUMERICS_VERSION", 0)
+    keys.add(reference_key(files, torch.float32, tmp_path))
+    assert len(keys) == 7
+
+
+def test_a_file_is_hashed_again_only_when_it_was_touched(tmp_path, monkeypatch):
+    hashed = []
+    file_digest = dpo.reference_cache.file_digest
+    monkeypatch.setattr(dpo.reference_cache, "file_digest", lambda f, name: hashed.append(f) or file_digest(f, name))
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"old")
+    old = reference_key([weights], torch.float32, tmp_path)
+    assert reference_key([weights], torch.float32, tmp_path) == old and len(hashed) == 1
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    weights.write_bytes(b"new")
+    os.utime(weights, ns=times)  # as a tool that unpacks an archive does
+    new = reference_key([weights], torch.float32, tmp_path)
+    assert new != old and len(hashed) == 2
+    (tmp_path / "digests.json").write_text('{"cut sho')
+    assert reference_key([weights], torch.float32, tmp_path) == new and len(hashed) == 3
+
+
+def flipped(at: int):
+    return lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-3], lambda c: b"", flipped(3), flipped(40), flipped(-2)])
+def test_a_damaged_part_is_said_left_alone_and_computed_again(cache, capsys, damage):
+    """Cut short, emptied, and one bit in its length, its header and its last number."""
+    ask(cache, ROWS[:2])
+    ask(cache, ROWS[2:])
+    broken = next(path for path in parts(cache) if row_key(ROWS[2]).encode() in path.read_bytes())
+    content = damage(broken.read_bytes())
+    broken.write_bytes(content)
+    capsys.readouterr()
+    assert ask(cache) == [ROWS[2]]
+    assert f"reference cache: {broken} is damaged and is not used" in capsys.readouterr().out
+    assert broken.read_bytes() == content and len(parts(cache)) == 3
+    assert ask(cache) == []
+
+
+def test_a_write_that_was_cut_short_leaves_nothing_that_is_read(cache, monkeypatch):
+    def interrupt(source, target):
+        if target.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.reference_cache.os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ask(cache)
+    assert len(list(cache.glob("*/*.tmp"))) == 1 and parts(cache) == []
+    assert len(ask(cache)) == 3 and ask(cache) == []
+
+
+def test_two_jobs_that_start_together_do_each_other_no_harm(cache):
+    """The second begins and ends while the first computes; both had found nothing."""
+    second: list[Encoded] = []
+
+    def build() -> Live:
+        second.extend(ask(cache))
+        return Live()
+
+    ask(cache, build=build)
+    assert len(second) == 3 and len(parts(cache)) == 2
+    assert ask(cache) == []
+
+
+# Whole runs on the built-in world.
+
+
+def config(output_dir: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", [*SMALL, f"output_dir={output_dir}", *overrides])
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_KEYS} for line in lines]
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """The tokens of each of the reference's forward passes; the policy's are not counted."""
+    counted: list[int] = []
+    token_logps = dpo.reference.token_logps
+
+    def counting(model, stream):
+        counted.append(len(stream.input_ids_T))
+        return token_logps(model, stream)
+
+    monkeypatch.setattr(dpo.reference, "token_logps", counting)
+    return counted
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[Path]:
+    """The directories that models were loaded from."""
+    directories: list[Path] = []
+    load_model = dpo.build.load_model
+    monkeypatch.setattr(dpo.build, "load_model", lambda d, **options: directories.append(d) or load_model(d, **options))
+    return directories
+
+
+def test_a_sweep_over_beta_loss_rate_and_seed_computes_once(tmp_path, passes):
+    """12 rows in batches of 5 are 3 passes. A seed changes the rows' order, and a whole epoch has the same rows."""
+    changes = [[], ["pref_beta=0.3", "pref_loss=ipo"], ["learning_rate=1e-4", "seed=7"]]
+    for number, change in enumerate(changes):
+        sweep_job(config(tmp_path, *change), {}, number)
+        assert json.loads((tmp_path / str(number) / "results.json").read_text()).get("error") is None
+    assert len(passes) == 3
+    assert len(parts(tmp_path / "reference")) == 1
+
+
+def test_a_loss_without_a_reference_has_no_cache(tmp_path, passes):
+    sweep_job(config(tmp_path, "loss=simpo"), {}, 0)
+    assert not passes and not (tmp_path / "reference").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter")
+    train(config(directory, "learning_rate=1e-2"))
+    return directory
+
+
+@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+def test_metrics_are_those_of_a_live_reference(tmp_path, adapter, source):
+    """Of training and evaluation; the first loss is log 2 where policy and reference start equal."""
+    options = {
+        "adapter off": [], "snapshot": [f"adapter_name_or_path={adapter}"],
+        "frozen copy": ["finetuning_type=full", "learning_rate=1e-5"],
+        "another adapter": [f"ref_model_adapters={adapter}"],
+    }[source]  # fmt: skip
+    options += ["val_size=4", "warmup_ratio=0"]
+    train(config(tmp_path / "live", *options))
+    options.append(f"ref_cache_dir={tmp_path / 'cache'}")
+    for name in ("first", "second"):
+        train(config(tmp_path / name, *options))
+        for step, expected in zip(metrics(tmp_path / name), metrics(tmp_path / "live"), strict=True):
+            step, expected = ({k: v for k, v in m.items() if "accuracies" not in k} for m in (step, expected))
+            assert step == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        if source != "another adapter":
+            assert metrics(tmp_path / name)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(metrics(tmp_path / "first")[-1]["eval_rewards/margins"]) > 1e-3
+
+
+def test_a_frozen_copy_whose_rows_are_all_found_is_not_loaded(tmp_path, loaded, capsys):
+    options = ["finetuning_type=full", "learning_rate=1e-5", f"ref_cache_dir={tmp_path / 'cache'}"]
+    train(config(tmp_path / "first", *options, "max_samples=8"))
+    assert len(loaded) == 2 and "not loaded" not in capsys.readouterr().out
+    train(config(tmp_path / "second", *options, "max_samples=8"))
+    assert len(loaded) == 3
+    assert "8 of 8 rows found, 0 computed in 0.0 s, the model was not loaded" in capsys.readouterr().out
+    train(config(tmp_path / "third", *options, "max_samples=9"))
+    assert len(loaded) == 5 and "8 of 9 rows found, 1 computed" in capsys.readouterr().out
+
+
+def test_what_the_reference_depends_on_is_computed_anew(tmp_path, adapter, passes):
+    """Another dtype, template, cutoff, row, adapter, and one bit of an adapter and of the weights.
+
+    A copy of the model elsewhere, and the same adapter as ref_model_adapters, are what was computed already.
+    """
+    model = shutil.copytree(WORLD / "model", tmp_path / "model")
+    as_it_was = [f"ref_cache_dir={tmp_path / 'cache'}", "max_samples=3"]
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(flipped(-3)(weights.read_bytes()))
+    changes = [
+        [], ["bf16=true"], ["template=plain"], ["cutoff_len=30"], ["max_samples=4"],
+        [f"adapter_name_or_path={adapter}"], [f"adapter_name_or_path={copy}"],
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        train(config(tmp_path / str(number), *as_it_was, *change))
+        assert len(passes) == number + 1, change
+    for number, change in enumerate([[], [f"ref_model={model}"], [f"ref_model_adapters={adapter}"]]):
+        train(config(tmp_path / f"again-{number}", *as_it_was, *change))
+        assert len(passes) == len(changes), change
+    weights = model / "model.safetensors"
+    weights.write_bytes(flipped(-3)(weights.read_bytes()))
+    train(config(tmp_path / "changed", *as_it_was, f"ref_model={model}"))
+    assert len(passes) == len(changes) + 1
+
+
+def test_only_rows_that_a_run_gets_to_are_computed(tmp_path, capsys):
+    """One update takes 4 of 12 rows; without evaluations the held out are not asked for, without training only they."""
+    cached = [f"ref_cache_dir={tmp_path / 'cache'}", "max_steps=1"]
+    train(config(tmp_path / "a", *cached))
+    assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
+    train(config(tmp_path / "b", *cached, "val_size=2", "eval_strategy=no", "ref_cache_dir=" + str(tmp_path / "other")))
+    assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
+    train(config(tmp_path / "c", "val_size=2", "do_train=false", "ref_cache_dir=" + str(tmp_path / "third")))
+    assert "0 of 2 rows found, 2 computed" in capsys.readouterr().out
+
+
+def test_a_cache_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"ref_cache_dir=.*file: is a file; name a directory"):
+        train(config(tmp_path / "run", f"ref_cache_dir={tmp_path / 'file'}"))
