@@ -154,7 +154,7 @@ def test_tokens_beyond_the_shorter_response_count_alpha():
 
 
 def rows_of(*responses: tuple[list[int], list[int]], **numbers: object) -> list[Encoded]:
-    examples = [Example((), ("", ""), f"rows.jsonl:{i + 1}", **numbers) for i in range(len(responses))]  # type: ignore[arg-type]
+    examples = [Example((), ("", ""), f"rows.jsonl:{i + 1}", **numbers) for i in range(len(responses))]
     return [Encoded([1, 2], r, e, 0, (False, False)) for r, e in zip(responses, examples, strict=True)]
 
 
@@ -169,9 +169,9 @@ def measured(
     )
     stream = pack([row.prompt_ids for row in rows], [row.response_ids for row in rows])
     model = torch.nn.Module()
-    model.device = torch.device("cpu")  # type: ignore[assignment]
+    model.device = torch.device("cpu")
     longer = [*rows, *rows_of(([1] * 7, [1]))]
-    return objective.measure(model, stream, rows, longer)  # type: ignore[arg-type]
+    return objective.measure(model, stream, rows, longer)
 
 
 POLICY = [-1.0, -2, -3, -4, -5, -6, -7, -8, -9, -10]
@@ -260,7 +260,7 @@ def test_the_start_is_the_loss_where_policy_equals_reference(name):
     if PREF_LOSSES[name].start is None:
         assert loss.start() is None
     else:
-        assert_same(losses, [loss.start()] * 3)  # type: ignore[list-item]
+        assert_same(losses, [loss.start()] * 3)
 
 
 def test_the_start_of_a_combination_and_where_there_is_none():

@@ -110,7 +110,7 @@ def three_updates(
         policy.double()
     cfg = copy.deepcopy(small_config())
     cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps = cut
-    trainer = Trainer(cfg, policy, objective(policy), rows, [], None, Path("unused"))  # type: ignore[arg-type]
+    trainer = Trainer(cfg, policy, objective(policy), rows, [], None, Path("unused"))
     seen = []
     for _ in range(3):
         _, norm = trainer.update(rows, _Clock())
