@@ -19,6 +19,7 @@ from dpo.build import WORLD
 from dpo.data import Encoded, Example
 from dpo.metrics import TIMING_KEYS
 from dpo.reference_cache import cached_reference, reference_key, row_key
+from dpo.run import check_resume
 from dpo.trainer import to_stream
 from train import sweep_job, train
 
@@ -90,7 +91,7 @@ def test_a_row_that_occurs_twice_is_computed_once(cache):
 
 def test_a_part_holds_so_many_rows_at_most(cache, monkeypatch):
     monkeypatch.setattr(dpo.reference_cache, "PART_ROWS", 1)
-    ask(cache)
+    assert len(ask(cache)) == 3
     assert len(parts(cache)) == 3 and ask(cache) == []
 
 
@@ -232,6 +233,11 @@ def test_a_sweep_over_beta_loss_rate_and_seed_computes_once(tmp_path, passes):
     assert len(parts(tmp_path / "reference")) == 1
 
 
+def test_a_sweep_keeps_to_the_directory_that_is_named(tmp_path):
+    sweep_job(config(tmp_path / "sweep", f"ref_cache_dir={tmp_path / 'cache'}", "max_steps=1"), {}, 0)
+    assert len(parts(tmp_path / "cache")) == 1 and not (tmp_path / "sweep" / "reference").exists()
+
+
 def test_a_loss_without_a_reference_has_no_cache(tmp_path, passes):
     sweep_job(config(tmp_path, "loss=simpo"), {}, 0)
     assert not passes and not (tmp_path / "reference").exists()
@@ -311,6 +317,10 @@ def test_only_rows_that_a_run_gets_to_are_computed(tmp_path, capsys):
     assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
     train(config(tmp_path / "c", "val_size=2", "do_train=false", "ref_cache_dir=" + str(tmp_path / "third")))
     assert "0 of 2 rows found, 2 computed" in capsys.readouterr().out
+
+
+def test_a_resumed_run_may_have_another_cache(tmp_path, adapter):
+    check_resume(adapter, config(adapter, "learning_rate=1e-2", f"ref_cache_dir={tmp_path}"))
 
 
 def test_a_cache_directory_that_is_a_file_is_refused(tmp_path):
