@@ -38,9 +38,11 @@ def preference(cfg: DictConfig) -> dict[str, float]:
     rows = build_eval_rows(cfg, template)
     print(f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped")
     policy = build_finished_policy(cfg, device)
-    reference, description = build_finished_reference(cfg, policy)
+    loss, reference, description = preference_loss_of(cfg), None, "none"
+    if loss.needs_reference:
+        reference, description = build_finished_reference(cfg, policy)
     print(f"reference: {description}")
-    objective = PreferenceObjective(preference_loss_of(cfg), reference)
+    objective = PreferenceObjective(loss, reference)
     objective.check(rows.evaluation)
     return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size)
 

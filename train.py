@@ -40,7 +40,8 @@ FAILED_JOBS: list[str] = []
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    pairs = (item.partition("=") for item in job.overrides.task if "=" in item)
+    # A group that was left out is no setting of the run's.
+    pairs = (item.partition("=") for item in job.overrides.task if "=" in item and not item.startswith("~"))
     overrides = {key: value.strip("'") for key, _, value in pairs}  # quoted where config_file gave them
     if job.mode == RunMode.MULTIRUN:
         sweep_job(cfg, overrides, int(job.job.num))

@@ -247,6 +247,8 @@ def _check_training(cfg: DictConfig) -> list[str]:
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
+        if cfg.stage == "dpo" and cfg[key] and not preference_loss_of(cfg).needs_reference:
+            raise ValueError(f"{key}={cfg[key]}: pref_loss={cfg.pref_loss} has no reference; leave it out")
     if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
         raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
     if cfg.val_size and cfg.eval_dataset:

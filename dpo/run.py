@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dpo.data import Example
+from dpo.data import NUMBERS, Example
 from dpo.metrics import to_json
 from models.command import read_config_file
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -90,7 +90,9 @@ class RunDir:
             for example in examples:
                 turns = [{"from": m["role"], "value": m["content"]} for m in example.messages]
                 chosen, rejected = example.responses
-                file.write(json.dumps({"conversations": turns, "chosen": chosen, "rejected": rejected}) + "\n")
+                row = {"conversations": turns, "chosen": chosen, "rejected": rejected}
+                row |= {name: value for name in NUMBERS if (value := getattr(example, name)) is not None}
+                file.write(json.dumps(row) + "\n")
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one object to metrics.jsonl and to TensorBoard, there as train/NAME or eval/NAME."""

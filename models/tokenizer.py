@@ -76,16 +76,14 @@ class Tokenizer:
             self.rust.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
             if "prepend_scheme=first" in steps:  # the others put the space after every special token too
                 self._after_special = self._after_text
-        settings = _read_json(path.with_name("tokenizer_config.json"))
-        self.bos_token = _token_string(settings, "bos_token")
-        self.eos_token = _token_string(settings, "eos_token")
-        self.chat_template = _chat_template(Path(model_dir), settings)
-        ends = _read_json(path.with_name("generation_config.json")).get("eos_token_id")
+        settings = path.with_name("tokenizer_config.json")
+        self.bos_token, self.eos_token = (_token_string(settings, key) for key in ("bos_token", "eos_token"))
+        self.chat_template = _chat_template(settings)
+        generation = path.with_name("generation_config.json")
+        ends = _read_json(generation).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if not all(type(end) is int for end in ends):
-            raise ValueError(
-                f"generation_config.json: eos_token_id={ends!r:.100}: expected a token id, or a list of them"
-            )
+            raise ValueError(f"{generation}: eos_token_id={ends!r:.100}: expected a token id, or a list of them")
         self.stop_ids = frozenset([*ends, *(i for token, i in self.special_ids.items() if token == self.eos_token)])
 
     def escape(self, text: str) -> str:
@@ -173,25 +171,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _token_string(settings: dict[str, Any], key: str) -> str | None:
-    token = settings.get(key)
+def _token_string(settings: Path, key: str) -> str | None:
+    token = _read_json(settings).get(key)
     token = token["content"] if isinstance(token, dict) and "content" in token else token
     if not isinstance(token, str | None):
-        raise ValueError(f"tokenizer_config.json: {key}={settings[key]!r:.100}: expected a token's string")
+        raise ValueError(f"{settings}: {key}={token!r:.100}: expected a token's string")
     return token
 
 
-def _chat_template(model_dir: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(settings: Path) -> str | None:
     """The Jinja of chat_template.jinja, or of tokenizer_config.json (a string, or a list with one called default)."""
-    path = model_dir / "chat_template.jinja"
+    path = settings.with_name("chat_template.jinja")
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+    template = _read_json(settings).get("chat_template")
     if isinstance(template, list):
         named = {t["name"]: t.get("template") for t in template if isinstance(t, dict) and "name" in t}
         template = named.get("default")
     if not isinstance(template, str | None):
-        raise ValueError(
-            f"tokenizer_config.json: chat_template={template!r:.100}: expected Jinja text, or a named list"
-        )
+        raise ValueError(f"{settings}: chat_template={template!r:.100}: expected Jinja text, or a list with a default")
     return template

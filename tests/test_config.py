@@ -344,6 +344,7 @@ COMBINATIONS = [
         "finetuning_type=full with adapter_name_or_path=runs/a: only lora continues an adapter",
     ),
     ({"stage": "sft", "ref_model": "r"}, "stage=sft with ref_model=r: SFT has no reference"),
+    ({"pref_loss": "simpo", "pref_beta": 2.0, "ref_model": "r"}, "ref_model=r: pref_loss=simpo has no reference"),
     ({"stage": "sft", "ref_model_adapters": "r"}, "stage=sft with ref_model_adapters=r: SFT has no reference"),
     (
         {"val_size": 0.1, "eval_dataset": "e"},

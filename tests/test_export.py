@@ -389,3 +389,19 @@ def test_smollm2_with_an_adapter_is_the_same_model_in_transformers(smollm2, tmp_
     assert (logits(load(tmp_path / "out")) - theirs).abs().max() < 1e-5 * theirs.abs().max()
     difference = (logits(adapted(smollm2, adapter)) - theirs).abs().max() / theirs.abs().max()
     assert difference < (5e-5 if dtype == "float32" else 0.02)
+
+
+def test_weights_of_the_users_own_are_neither_taken_nor_removed(untied, tmp_path):
+    mine = tmp_path / "out" / "model_of_mine.safetensors"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    save_model(load(untied), mine.parent, source_dir=untied)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_the_stored_dtype_is_the_files_and_not_the_configs(tmp_path):
+    """The world's weights are float32; a config that says bfloat16 does not round them before they are summed."""
+    shutil.copytree(WORLD, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}))
+    assert models.weights.stored_dtype(weight_files(tmp_path)) == torch.float32

@@ -369,3 +369,8 @@ def test_greedy_answers_to_real_prompts_are_those_of_transformers(real, smollm2)
     print(f"\n{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: {equal} equal, ties {ties}")
     assert equal + len(ties) == len(prompts) == 64
     assert all(gap <= 1e-4 for gap in ties)
+
+
+def test_a_stream_of_fewer_than_no_tokens_is_refused(pair):
+    with pytest.raises(ValueError, match="max_new_tokens=-1: must be at least 0"):
+        list(stream_tokens(pair[0], [1], max_new_tokens=-1, stop_ids=(), sampling=GREEDY, seed=0))

@@ -472,6 +472,12 @@ def test_an_adapter_config_that_is_no_lora_is_refused(base, adapter, changes, me
         load_adapter(load(base), adapter, dropout=0.0)
 
 
+def test_a_rank_that_no_memory_holds_is_compared_with_the_tensors_first(base, adapter):
+    edit_config(adapter, r=10**9)
+    with pytest.raises(ValueError, match=r"lora_A has shape \(5, \d+\), the model asks for \(1000000000, \d+\)"):
+        load_adapter(load(base), adapter, dropout=0.0)
+
+
 def test_numbers_in_quotes_are_numbers_or_refused(base, adapter):
     edit_config(adapter, r="5", lora_alpha="3")
     model = load(base)

@@ -213,6 +213,7 @@ def test_parameters_have_the_names_and_shapes_of_transformers(changes, tied):
         (MOE | {"num_experts": None}, "num_experts=None"),
         (MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok=5: there are only num_experts=4"),
         (MOE | {"mlp_only_layers": 3}, "mlp_only_layers=3: expected a list"),
+        (MOE | {"mlp_only_layers": ["0"]}, r"mlp_only_layers=\['0'\]: expected a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -229,6 +230,13 @@ def test_a_config_that_is_not_computed_is_refused_by_key_and_value(changes, mess
         ({"rope_theta": 0}, "rope_theta=0"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'.*default, linear, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        (
+            {
+                "rope_theta": 1.0,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 8},
+            },
+            r"rope_theta=1\.0: must be above 1 with yarn",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings=None"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"rope_scaling": {"rope_type": "yarn", "truncate": False}}, "truncate=False"),

@@ -184,3 +184,12 @@ def test_a_pytorch_without_the_kernel_generates_the_same_unpacked(directories, m
     with packed(model):
         assert not is_packed(model)
     assert answers(model) == expected
+
+
+def test_a_packed_head_lets_gradients_through(directories):
+    model = load(directories["qwen2"])
+    hidden_ND = torch.randn(3, model.config.hidden_size, requires_grad=True)
+    (expected_ND,) = torch.autograd.grad(model.logits(hidden_ND).sin().sum(), hidden_ND)
+    with packed(model):
+        (gradient_ND,) = torch.autograd.grad(model.logits(hidden_ND).sin().sum(), hidden_ND)
+    assert torch.equal(gradient_ND, expected_ND)

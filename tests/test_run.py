@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dpo.data import Example, read_examples
 from dpo.run import RunDir, collect_sweep, write_results
 
 TRAIN = {"step": 5, "epoch": 0.5, "loss": 0.6931, "learning_rate": 5e-7, "rewards/margins": -0.0625}
@@ -254,3 +255,15 @@ def test_an_override_and_a_metric_of_one_name_are_two_columns(tmp_path, key, met
     (row,) = sweep_of(tmp_path, {"0": ({name: value}, metric)})
     assert row[name] == value
     assert str(metric[name]) in row.values()
+
+
+def test_held_out_pairs_come_back_with_their_weights_margins_and_labels(tmp_path):
+    messages = ({"role": "user", "content": "Hi"},)
+    examples = [
+        Example(messages, ("Yes", "No"), "f:1", weight=0.5, margin=2.0, soft_label=0.75),
+        Example(messages, ("A", "B"), "f:2"),
+    ]
+    RunDir(tmp_path / "run", overwrite=False, resume=False).write_held_out(examples)
+    read, _ = read_examples(tmp_path / "run" / "held_out.jsonl", stage="dpo", on_bad_row="stop")
+    fields = ("messages", "responses", "weight", "margin", "soft_label")
+    assert [[getattr(e, f) for f in fields] for e in read] == [[getattr(e, f) for f in fields] for e in examples]

@@ -171,3 +171,8 @@ def test_settings_out_of_range_are_refused_by_name_and_value(change):
 def test_settings_at_the_ends_of_their_ranges_are_accepted():
     Sampling(temperature=1e-6, top_k=1, top_p=1e-9, min_p=1.0)
     Sampling(temperature=0, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def test_no_logit_is_too_large_for_the_smallest_temperature():
+    """1e35 / 1e-6 overflows float32; the difference to the largest logit does not."""
+    assert tokens([1e35, 0.0], [0.5, BELOW_ONE], Sampling(1e-6, 0, 1.0, 0.0)) == [0, 0]

@@ -782,6 +782,12 @@ def test_the_template_is_the_jinja_file_or_else_that_of_the_config(tmp_path, set
         ("tokenizer_config.json", "{", "not valid JSON"),
         ("tokenizer_config.json", "[]", "holds a list, expected an object"),
         ("generation_config.json", "3", "holds a int, expected an object"),
+        ("generation_config.json", '{"eos_token_id": "2"}', r"eos_token_id=\['2'\]: expected a token id"),
+        ("generation_config.json", '{"eos_token_id": [[2]]}', r"eos_token_id=\[\[2\]\]: expected a token id"),
+        ("tokenizer_config.json", '{"eos_token": {"x": 1}}', "eos_token={'x': 1}: expected a token's string"),
+        ("tokenizer_config.json", '{"bos_token": 5}', "bos_token=5: expected a token's string"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template=5: expected Jinja text"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 5}]}', "chat_template=5"),
     ],
 )
 def test_an_unreadable_tokenizer_is_refused_by_path(tmp_path, name, content, message):

@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_row(tmp_path):
     shutil.copytree(WORLD / "model", broken)
     tensors = read_tensors(broken / "model.safetensors")
     write_tensors(broken / "model.safetensors", {n: t * (1e4 if "down_proj" in n else 1) for n, t in tensors.items()})
-    with pytest.raises(ValueError, match=r"step 1: the loss is not finite \(rows .*train.jsonl:\d+"):
+    with pytest.raises(ValueError, match=r"start: loss nan .* on the rows from .*train.jsonl:\d+: not finite"):
         train(config(tmp_path / "run", f"model_name_or_path={broken}", "fp16=true"))
 
 
