@@ -93,6 +93,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run_dir.write_held_out([row.example for row in rows.evaluation])
     trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:
+        if trainer.warmup_steps >= trainer.plan.total_steps:
+            steps = f"{trainer.warmup_steps} steps of warm-up in a run of {trainer.plan.total_steps}"
+            print(f"warning: {steps}: learning_rate is never reached; lower warmup_steps or warmup_ratio")
         if checkpoint is None and isinstance(objective, PreferenceObjective):
             first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
             stream = to_stream(first, device)

@@ -161,6 +161,17 @@ def test_orpo_is_finite_where_float32_rounds_the_probability_to_1():
     assert loss.isfinite().all() and u_B.grad is not None and u_B.grad.isfinite().all()
 
 
+def test_simpo_and_orpo_are_llama_factorys_formulas():
+    """Its simpo_loss and odds_ratio_loss, written out; its log1p(-exp(u)) is exact enough away from u = 0."""
+    given = quantities()
+    u_w, u_l, beta, gamma = given["chosen_avg_logps"], given["rejected_avg_logps"], 2.0, 0.5
+    simpo = -torch.nn.functional.logsigmoid(beta * (u_w - u_l - gamma / beta))
+    torch.testing.assert_close(value("simpo", given, beta=beta, gamma=gamma), simpo, rtol=1e-12, atol=0)
+    log_odds = (u_w - u_l) - (torch.log1p(-torch.exp(u_w)) - torch.log1p(-torch.exp(u_l)))
+    orpo = -u_w + beta * -torch.nn.functional.logsigmoid(log_odds)
+    torch.testing.assert_close(value("orpo", given, beta=beta), orpo, rtol=1e-12, atol=0)
+
+
 # --- the laws that a row declares ---
 
 

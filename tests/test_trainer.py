@@ -370,6 +370,11 @@ def test_a_resume_with_another_config_is_refused(tmp_path):
         train(config(tmp_path, "save_steps=2", "resume_from_checkpoint=true", "pref_beta=0.5"))
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
+    train(config(tmp_path, "max_steps=2", "warmup_steps=2", "eval_dataset=null"))
+    assert "warning: 2 steps of warm-up in a run of 2" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_row(tmp_path):
     """Weights so large that fp16 overflows in the forward pass: no loss scale can mend that."""
     from models.weights import write_tensors
