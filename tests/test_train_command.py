@@ -99,6 +99,7 @@ def test_a_sweep_has_a_directory_per_job_and_one_results_csv(tmp_path):
         assert float(row["loss"]) == metrics(tmp_path / row["job"])[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_saved_run_gives_its_own_last_evaluation(tmp_path):
     directory = tmp_path / "run"
     assert run("train.py", f"output_dir={directory}", *QUICK, "learning_rate=1e-2").returncode == 0
@@ -149,6 +150,7 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(tmp_path, arguments):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_directory_that_holds_a_run_is_not_touched(tmp_path):
     assert run("train.py", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null").returncode == 0
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -167,6 +169,7 @@ def test_a_job_that_fails_does_not_end_the_sweep(tmp_path):
     assert not second["error"] and float(second["loss"]) > 0
 
 
+@pytest.mark.slow
 def test_a_run_with_val_size_keeps_its_held_out_pairs_for_its_evaluation(tmp_path):
     options = ["dataset=world", "eval_dataset=null", "val_size=4", "experiment=world", "learning_rate=1e-2"]
     done = run("train.py", *options, *QUICK, f"output_dir={tmp_path}")
