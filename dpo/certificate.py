@@ -50,7 +50,9 @@ def certify(
             f"start: loss {loss:.4g} and gradient norm {norm:.4g} {where}: not finite; are the weights sound, and does "
             "the model overflow in fp16 (bf16=true does not)?"
         )
-    if norm == 0 and (same_weights or objective.reference is None):
+    # A weight of 0 or a soft label of 1/2 asks for nothing, and has no closed form.
+    plain = all((e.weight, e.margin, e.soft_label) == (1.0, 0.0, None) for e in (row.example for row in rows))
+    if norm == 0 and plain and (same_weights or objective.reference is None):
         raise ValueError(
             f"start: the gradient {where} is 0, so nothing would be learned; does lora_target name layers that are "
             "used, and does the loss depend on the policy?"
@@ -63,7 +65,6 @@ def certify(
     line += f", policy and reference at most {apart:.1e} nats per token apart"
     if not same_weights:
         return line
-    plain = all((e.weight, e.margin, e.soft_label) == (1.0, 0.0, None) for e in (row.example for row in rows))
     expected, tolerance = objective.loss.start() if plain else None, TOLERANCE[policy.dtype]
     if apart > tolerance:
         raise ValueError(

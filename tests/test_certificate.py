@@ -66,6 +66,12 @@ def test_rows_with_margins_or_labels_of_their_own_have_no_closed_form(policy, ro
     assert "at most 0.0e+00" in certified(policy, own) and "closed form" not in certified(policy, own)
 
 
+def test_rows_that_ask_for_nothing_do_not_stop_a_run(policy, rows):
+    for nothing in ({"weight": 0.0}, {"soft_label": 0.5}):
+        own = [replace(row, example=replace(row.example, **nothing)) for row in rows]
+        assert "gradient norm 0," in certified(policy, own)
+
+
 def test_a_reference_of_other_weights_under_the_same_name_is_refused(policy, rows):
     other = load_model(WORLD / "model", dtype=torch.float32, device=torch.device("cpu"))
     other.model.embed_tokens.weight.data.mul_(1.1)
