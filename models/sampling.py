@@ -64,10 +64,10 @@ def choose(logits_NV: Tensor, sampling: Sampling, uniform_N: Tensor) -> Tensor:
 def probabilities(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """(N, V) probabilities that are drawn from, at least float32."""
     wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    logits_NV = (wide_NV - wide_NV.amax(-1, keepdim=True)) / sampling.temperature  # so that none overflows
     if 0 < sampling.top_k < logits_NV.shape[-1]:
-        least_N1 = logits_NV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
+        least_N1 = wide_NV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        wide_NV = wide_NV.masked_fill(wide_NV < least_N1, -torch.inf)
+    logits_NV = (wide_NV - wide_NV.amax(-1, keepdim=True)) / sampling.temperature  # so that none overflows
     p_NV = logits_NV.softmax(-1)
     if sampling.top_p < 1:
         p_NV = p_NV.masked_fill(p_NV < _least_of_nucleus(p_NV, sampling.top_p), 0)
