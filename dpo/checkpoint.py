@@ -2,6 +2,7 @@
 
     adapter_model.safetensors + adapter_config.json, or model.safetensors + config.json ...
     optimizer.safetensors       AdamW's two moments of every trainable, by name, and its step count
+    objective.safetensors       what the objective carries from step to step (a moving reference), where it does
     trainer_state.json          step, fp16's loss scale, the sums of the open logging window
 
 Data order and dropout are functions of seed and step, so no random state is stored. A checkpoint is written under
@@ -10,18 +11,19 @@ another name and renamed when whole: a directory called checkpoint-N is complete
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_tensors, lora_layers, save_adapter
 from models.transformer import Transformer
 from models.weights import WEIGHTS, read_tensors, save_model, write_tensors
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+OPTIMIZER, OBJECTIVE, STATE = "optimizer.safetensors", "objective.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,9 +46,10 @@ def save_result(policy: Transformer, target: Path, *, base_model: str, source_di
 
 
 def save_checkpoint(
-    target: Path, policy: Transformer, optimizer: torch.optim.Optimizer, state: TrainerState, **result: Any
-) -> None:
-    """Write checkpoint-N; `result` goes to save_result."""
+    target: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor],
+    state: TrainerState, **result: Any,
+) -> None:  # fmt: skip
+    """Write checkpoint-N; `objective` is the objective's state, `result` goes to save_result."""
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -57,6 +60,8 @@ def save_checkpoint(
             if key in optimizer.state[parameter]:
                 tensors[f"{name}.{key}"] = optimizer.state[parameter][key]
     write_tensors(beside / OPTIMIZER, tensors)
+    if objective:
+        write_tensors(beside / OBJECTIVE, dict(objective))
     (beside / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
@@ -81,8 +86,10 @@ def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
     return numbered[max(numbered)]
 
 
-def load_checkpoint(source: Path, policy: Transformer, optimizer: torch.optim.Optimizer) -> TrainerState:
-    """Put weights and optimiser back as they were; ValueError where the checkpoint is of another run's shape."""
+def load_checkpoint(
+    source: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor]
+) -> TrainerState:
+    """Put weights, optimiser and the objective's state back as they were; ValueError where they do not fit the run."""
     parameters = trainable(policy)
     weights = read_tensors(source / (ADAPTER_WEIGHTS if lora_layers(policy) else WEIGHTS))
     moments = read_tensors(source / OPTIMIZER)
@@ -94,6 +101,11 @@ def load_checkpoint(source: Path, policy: Transformer, optimizer: torch.optim.Op
         if f"{name}.{MOMENTS[0]}" in moments:
             entries = {key: moments[f"{name}.{key}"] for key in (*MOMENTS, "step")}
             optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in entries.items()}
+    stored_objective = read_tensors(source / OBJECTIVE) if objective else {}
+    for name, tensor in objective.items():
+        if name not in stored_objective or stored_objective[name].shape != tensor.shape:
+            raise ValueError(f"{source / OBJECTIVE}: {name} is missing or has another shape; same config?")
+        tensor.copy_(stored_objective[name])
     return TrainerState(**json.loads((source / STATE).read_text(encoding="utf-8")))
 
 

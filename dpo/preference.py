@@ -21,13 +21,14 @@ Shapes: B pairs; every quantity is (B,) unless said. R response tokens.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.coupled import Measured
 from dpo.data import Encoded
 from dpo.logprobs import sum_over_responses, token_logps
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
@@ -38,8 +39,10 @@ from models.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Measured):
     """B pairs as far as a loss can tell; log-probabilities are sums over response tokens, nats."""
+
+    LOGPS: ClassVar = ("chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios")
 
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -56,27 +59,6 @@ class Pairs:
     """by how much the chosen reward shall exceed the rejected one (ODPO); 0 where the row says nothing."""
     soft_label: Tensor
     """the probability that chosen is the better one; NaN where the row says nothing."""
-
-
-DIFFERENTIABLE = ("chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios")
-
-
-def joined(parts: Sequence[Pairs]) -> Pairs:
-    """The pairs of several micro-batches as one batch."""
-    return Pairs(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Pairs)))
-
-
-def logp_gradients(pairs: Pairs, mean_loss: Callable[[Pairs], Tensor]) -> Pairs:
-    """d mean_loss / d each log-probability, in the place of each; the log-probabilities' own graph is not entered."""
-    leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in DIFFERENTIABLE}
-    gradients = torch.autograd.grad(mean_loss(replace(pairs, **leaves)), list(leaves.values()), materialize_grads=True)
-    return replace(pairs, **dict(zip(leaves, gradients, strict=True)))
-
-
-def with_gradients(pairs: Pairs, gradients: Pairs, start: int) -> Tensor:
-    """A number whose gradient is that of the mean loss, as far as these pairs, from `start` on, have a share in it."""
-    part = slice(start, start + len(pairs.weight))
-    return torch.stack([(getattr(pairs, name) * getattr(gradients, name)[part]).sum() for name in DIFFERENTIABLE]).sum()
 
 
 def shared_token_weights(lengths_B: Tensor, ld_alpha: float) -> Tensor:
@@ -236,6 +218,13 @@ class PreferenceObjective:
     def __init__(self, loss: PreferenceLoss, reference: Reference | None):
         """reference: None where no loss compares with one."""
         self.loss, self.reference, self.couples = loss, reference, loss.couples
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def updated(self, step: int) -> None:
+        pass
 
     def check(self, rows: Sequence[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""

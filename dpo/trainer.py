@@ -10,7 +10,7 @@ Shapes: P pairs, R response tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
+from dpo.coupled import Measured, joined, logp_gradients, with_gradients
 from dpo.data import Encoded
 from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
 from dpo.optim import LossScale, build_adamw, clip_gradients, learning_rate_at
-from dpo.preference import Pairs, joined, logp_gradients, with_gradients
 from dpo.run import RunDir
 from models.stream import Stream, pack
 from models.transformer import Transformer
@@ -37,6 +37,13 @@ class Objective(Protocol):
 
     couples: bool
     """whether a row's loss depends on the others of its logical batch."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What it carries from one update to the next, by name, changed in place; a checkpoint holds it."""
+
+    def updated(self, step: int) -> None:
+        """Called after update `step`, counted from 1."""
 
     def units(self, rows: Sequence[Encoded]) -> int:
         """What a batch's loss is the mean over: its pairs, or its response tokens."""
@@ -55,6 +62,10 @@ class SFTObjective:
     """Negative log-likelihood of every response token, nats; its mean over tokens is the loss."""
 
     couples = False
+    state: Mapping[str, Tensor] = {}
+
+    def updated(self, step: int) -> None:
+        pass
 
     def units(self, rows: Sequence[Encoded]) -> int:
         return sum(len(ids) for row in rows for ids in row.response_ids)
@@ -153,7 +164,7 @@ class Trainer:
 
     def resume(self, source: Path) -> None:
         """Continue from a checkpoint-N directory."""
-        state = load_checkpoint(source, self.policy, self.optimizer)
+        state = load_checkpoint(source, self.policy, self.optimizer, self.objective.state)
         self.step = state.step
         self.window = Means(state.window)
         self.loss_scale.scale, self.loss_scale.good_steps = state.loss_scale, state.good_steps
@@ -213,6 +224,7 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.updated(self.step + 1)
         return rate, norm
 
     def _share_of_loss(self, measured: Any, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
@@ -226,14 +238,11 @@ class Trainer:
         self.window.add(self.objective.metrics(measured, losses))
         return losses.sum() / self.objective.units(batch)
 
-    def _coupled_gradients(self, batch: Sequence[Encoded], cut: Sequence[Sequence[Encoded]]) -> Pairs:
-        """For a loss that couples pairs: its gradient with respect to the whole batch's log-probabilities.
-
-        They are measured without gradient first; then each micro-batch is measured again and takes its part of it.
-        """
+    def _coupled_gradients(self, batch: Sequence[Encoded], cut: Sequence[Sequence[Encoded]]) -> Measured:
+        """d mean loss / d log-probability of the whole batch, for a loss that couples its rows; see dpo.coupled."""
         with torch.no_grad():
             parts = [self.objective.measure(self.policy, to_stream(r, self.policy.device), r, batch) for r in cut]
-        gradients = logp_gradients(joined(parts), lambda pairs: self._share_of_loss(pairs, batch, batch))
+        gradients = logp_gradients(joined(parts), lambda whole: self._share_of_loss(whole, batch, batch))
         torch.manual_seed(self._dropout_seed)  # so that the second time drops what the first did
         return gradients
 
@@ -282,7 +291,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         state = TrainerState(self.step, self.loss_scale.scale, self.loss_scale.good_steps, self.window.state())
         target = self.run_dir.path / f"checkpoint-{self.step}"
-        save_checkpoint(target, self.policy, self.optimizer, state, **self.result)
+        save_checkpoint(target, self.policy, self.optimizer, self.objective.state, state, **self.result)
 
 
 class _Clock:
