@@ -10,9 +10,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template
-from dpo.config import EvalConfig, check, preference_loss_of
-from dpo.preference import PreferenceObjective
+from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
+from dpo.config import EvalConfig, check
 from dpo.trainer import evaluate
 from models.command import one_line_errors, prepare_command_line
 from models.weights import choose_device
@@ -38,12 +37,11 @@ def preference(cfg: DictConfig) -> dict[str, float]:
     rows = build_eval_rows(cfg, template)
     print(f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped")
     policy = build_finished_policy(cfg, device)
-    loss, reference, description = preference_loss_of(cfg), None, "none"
-    if loss.needs_reference:
-        reference, description = build_finished_reference(cfg, policy)
-    print(f"reference: {description}")
-    objective = PreferenceObjective(loss, reference)
+    objective, description = new_objective(cfg), "none"
     objective.check(rows.evaluation)
+    if objective.loss.needs_reference:
+        objective.reference, description = build_finished_reference(cfg, policy)
+    print(f"reference: {description}")
     return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size)
 
 

@@ -81,7 +81,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     print_rows(rows.train, rows.evaluation, rows.skipped)
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
-    if cfg.stage == "dpo":
+    if cfg.stage != "sft":
         objective, description = build_objective(cfg, policy, rows)
         print(f"reference: {description}")
 
@@ -89,7 +89,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     run_dir = RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     run_dir.write_config(cfg)
     run_dir.write_skipped(rows.skipped)
-    if cfg.val_size and cfg.stage == "dpo":
+    if cfg.val_size and cfg.stage != "sft":
         run_dir.write_held_out([row.example for row in rows.evaluation])
     trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:

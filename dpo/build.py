@@ -18,6 +18,7 @@ from dpo.preference import PreferenceObjective
 from dpo.reference import Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
 from dpo.trainer import Plan
+from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.config import read_model_config
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inject_lora, load_adapter, read_adapter_config
 from models.template import ChatTemplate
@@ -67,19 +68,33 @@ def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     settings = {"cutoff_len": cfg.cutoff_len, "on_bad_row": cfg.on_bad_row}
     train, bad = encode_all(examples, template, **settings)
     evaluation, also_bad = encode_all(held_out, template, **settings) if held_out else ([], [])
+    train, evaluation = (_as_the_loss_reads(cfg, rows) for rows in (train, evaluation))
     return Rows(train, evaluation, skipped + bad + also_bad)
 
 
 def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
     rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
-    return Rows([], rows, skipped + bad)
+    return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+
+
+def _as_the_loss_reads(cfg: DictConfig, rows: list[Encoded]) -> list[Encoded]:
+    """The rows, with mismatched responses where an unpaired loss compares with them."""
+    if not rows or _row_kind(cfg) != "kto" or not preference_loss_of(cfg).couples:
+        return rows
+    return with_mismatched(rows, cfg.cutoff_len)
+
+
+def _row_kind(cfg: DictConfig) -> str:
+    """dpo (pairs), kto (a response with a label) or sft (a response)."""
+    if cfg.get("stage") == "sft":
+        return "sft"
+    return "kto" if preference_loss_of(cfg).unpaired else "dpo"
 
 
 def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
-    stage = cfg.get("stage", "dpo")
     path = WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
-    return read_examples(path, stage=stage, on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
+    return read_examples(path, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
 
 
 def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
@@ -106,9 +121,15 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     return policy
 
 
+def new_objective(cfg: DictConfig) -> PreferenceObjective:
+    """The objective of pairs or of labelled rows, as the loss reads; without its reference yet."""
+    loss = preference_loss_of(cfg)
+    return (UnpairedObjective if loss.unpaired else PreferenceObjective)(loss, reference=None)
+
+
 def build_objective(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[PreferenceObjective, str]:
     """(objective of a training run, its reference in a few words); the rows are checked against it."""
-    objective = PreferenceObjective(preference_loss_of(cfg), reference=None)
+    objective = new_objective(cfg)
     objective.check([*rows.train, *rows.evaluation])
     description = "none"
     if objective.loss.needs_reference:

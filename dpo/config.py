@@ -26,6 +26,8 @@ class TrainConfig:
     """Every key of train.py; see conf/config.yaml for what each means."""
 
     NOT_THE_WORLDS: ClassVar = {"model_name_or_path", "dataset", "model", "data"}
+    # LLaMA-Factory's name for training with the loss of the same name.
+    STANDS_FOR: ClassVar = {"stage": lambda stage: {"pref_loss": "kto"} if stage == "kto" else {}}
 
     model_name_or_path: str = MISSING
     adapter_name_or_path: str | None = MISSING
@@ -48,6 +50,8 @@ class TrainConfig:
     dpo_label_smoothing: float = MISSING
     discopop_tau: float = MISSING
     simpo_gamma: float = MISSING
+    kto_chosen_weight: float = MISSING
+    kto_rejected_weight: float = MISSING
     pref_ftx: float = MISSING
     dpop_lambda: float = MISSING
     len_reg_alpha: float = MISSING
@@ -110,6 +114,8 @@ class EvalConfig:
     dpo_label_smoothing: float = MISSING
     discopop_tau: float = MISSING
     simpo_gamma: float = MISSING
+    kto_chosen_weight: float = MISSING
+    kto_rejected_weight: float = MISSING
     pref_ftx: float = MISSING
     dpop_lambda: float = MISSING
     len_reg_alpha: float = MISSING
@@ -141,13 +147,15 @@ SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 TERM_KEYS = ("pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),
-    "stage": _one_of("dpo", "sft"),
+    "stage": _one_of("dpo", "kto", "sft"),
     "finetuning_type": _one_of("lora", "full"),
     "template": _one_of("auto", *TEMPLATES),
     "pref_beta": POSITIVE,
     "dpo_label_smoothing": ((lambda value: 0 <= value < 0.5), "must be at least 0 and below 0.5"),
     "discopop_tau": POSITIVE,
     "simpo_gamma": NOT_NEGATIVE,
+    "kto_chosen_weight": NOT_NEGATIVE,
+    "kto_rejected_weight": NOT_NEGATIVE,
     "pref_ftx": NOT_NEGATIVE,
     "dpop_lambda": NOT_NEGATIVE,
     "len_reg_alpha": ANY_NUMBER,
@@ -200,6 +208,8 @@ def check(cfg: DictConfig) -> list[str]:
     if cfg.get("stage") == "sft":
         return _check_training(cfg)
     loss = preference_loss_of(cfg)
+    if cfg.get("stage") == "kto" and not loss.unpaired:
+        raise ValueError(f"stage=kto with pref_loss={cfg.pref_loss}: is of pairs; leave pref_loss out, or stage=dpo")
     warnings = [
         f"pref_beta={cfg.pref_beta:g} lies outside {low:g} to {high:g}, as is usual with {name}, which reads "
         + ("means per token" if PREF_LOSSES[name].per_token else "sums over a response's tokens")
@@ -247,7 +257,7 @@ def _check_training(cfg: DictConfig) -> list[str]:
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
-        if cfg.stage == "dpo" and cfg[key] and not preference_loss_of(cfg).needs_reference:
+        if cfg.stage != "sft" and cfg[key] and not preference_loss_of(cfg).needs_reference:
             raise ValueError(f"{key}={cfg[key]}: pref_loss={cfg.pref_loss} has no reference; leave it out")
     if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
         raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
@@ -255,8 +265,8 @@ def _check_training(cfg: DictConfig) -> list[str]:
         raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
     warnings = []
     rate = cfg.learning_rate
-    if cfg.stage == "dpo" and cfg.finetuning_type == "full" and rate >= 2e-5:
+    if cfg.stage != "sft" and cfg.finetuning_type == "full" and rate >= 2e-5:
         warnings.append(f"learning_rate={rate:g} is the size of SFT's; DPO with full fine-tuning wants about 5e-7")
-    if cfg.stage == "dpo" and cfg.finetuning_type == "lora" and rate < 2e-6:
+    if cfg.stage != "sft" and cfg.finetuning_type == "lora" and rate < 2e-6:
         warnings.append(f"learning_rate={rate:g} suits full fine-tuning; LoRA usually wants about 5e-6")
     return warnings

@@ -19,10 +19,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Measured:
-    """What losses read of some rows; a subclass names its fields, each a (B,) tensor."""
+    """What losses read of some rows with a reference; a subclass names its fields, each a (B,) tensor."""
 
     LOGPS: ClassVar[tuple[str, ...]] = ()
     """the fields with a gradient."""
+
+    @property
+    def avg_logratios(self) -> Tensor:
+        """log pi - log pi_ref per token of the responses, detached; the start certificate looks at it."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))

@@ -1,11 +1,12 @@
 """Preference data: rows of any known format become one Example each, and Examples become token ids.
 
 An Example is a conversation that ends in a user turn, and the responses to compare: (chosen, rejected) for preference
-rows, one response for SFT rows. Formats are recognised by their keys:
+rows, one response for SFT and unpaired rows. Formats are recognised by their keys:
 
     the guide's, ShareGPT ranking    conversations [{from, value}], chosen, rejected (strings or {from, value})
     Alpaca ranking                   instruction, [input, system, history], chosen, rejected
     prompt/chosen/rejected           strings, or messages [{role, content}]
+    unpaired (pref_loss: kto)        an SFT row with label (or kto_tag) true or false; a preference row gives two
     SFT (stage: sft)                 conversations or messages ending in an assistant turn; instruction/output;
                                      prompt/completion; a preference row gives its chosen response
 
@@ -17,7 +18,8 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ class Example:
     """by how much the chosen reward shall exceed the rejected one."""
     soft_label: float | None = None
     """the probability that chosen is the better one, where the row says it."""
+    label: bool | None = None
+    """whether the one response of an unpaired row is desirable."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,16 @@ def read_examples(
 ) -> tuple[list[Example], list[str]]:
     """(examples, bad rows as one line each) of the first max_samples rows of a .json or .jsonl file.
 
-    stage: dpo asks for two responses, sft for one. on_bad_row: stop raises the first BadRow, skip collects them.
+    stage: dpo asks for two responses, sft for one, kto for one with a label.
+    on_bad_row: stop raises the first BadRow, skip collects them.
     """
     examples: list[Example] = []
     bad: list[str] = []
     rows = _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
-    while max_samples is None or len(examples) + len(bad) < max_samples:
+    for source, row in islice(rows, max_samples):
         try:
-            source, row = next(rows)
-            examples.append(_example(row, source, stage))
-        except StopIteration:
-            break
+            example = _example(row, source, "dpo" if stage == "kto" and "chosen" in row else stage)
+            examples += _unpaired(example) if stage == "kto" and len(example.responses) == 2 else [example]
         except BadRow as error:
             if on_bad_row == "stop":
                 raise
@@ -164,16 +167,33 @@ def _example(row: Any, source: str, stage: str) -> Example:
     try:
         messages = _messages(row)
         responses: tuple[str, ...]
-        if stage == "sft":
+        label = None
+        if stage == "kto":
+            label = _label(row)
+        if stage in ("sft", "kto"):
             messages, responses = _sft_response(row, messages)
         else:
             responses = (_response(row, "chosen"), _response(row, "rejected"))
             if responses[0] == responses[1]:
                 raise BadRow("chosen equals rejected; a pair needs two different responses")
         _check_turns(messages)
-        return Example(tuple(messages), responses, source, **_numbers(row))
+        return Example(tuple(messages), responses, source, label=label, **_numbers(row))
     except BadRow as error:
         raise BadRow(f"{source}: {error}") from None
+
+
+def _unpaired(pair: Example) -> list[Example]:
+    """A pair as a desirable and an undesirable row."""
+    return [replace(pair, responses=(text,), label=i == 0) for i, text in enumerate(pair.responses)]
+
+
+def _label(row: dict[str, Any]) -> bool:
+    key = "label" if "label" in row else "kto_tag"
+    if key not in row:
+        raise BadRow("label is missing; an unpaired row needs label (or kto_tag), or chosen and rejected")
+    if not isinstance(row[key], bool):
+        raise BadRow(f"{key} must be true or false, got {_show(row[key])}")
+    return row[key]
 
 
 # Optional numbers of a row: where each may lie.
@@ -252,7 +272,8 @@ def _response(row: dict[str, Any], side: str) -> str:
             raise BadRow(f"{side} is a {turn['role']} turn; expected the assistant's")
         value = turn["content"]
     if side not in row:
-        raise BadRow(f"{side} is missing; a preference row needs chosen and rejected")
+        unpaired = "; rows with a label are for pref_loss=kto" if "label" in row or "kto_tag" in row else ""
+        raise BadRow(f"{side} is missing; a preference row needs chosen and rejected{unpaired}")
     if not isinstance(value, str):
         raise BadRow(f"{side} must be text or one assistant turn, got {_show(value)}")
     if not value.strip():

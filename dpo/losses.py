@@ -33,15 +33,23 @@ QUANTITIES = {
         "logratios": "log pi(y|x) - log pi_ref(y|x), summed",
         "avg_logratios": "the same per token",
     }.items()
-} | {"mean_chosen_length": "tokens of a chosen response, the mean over the logical batch; one number"}
+} | {
+    "mean_chosen_length": "tokens of a chosen response, the mean over the logical batch; one number",
+    # Of unpaired rows, one response each:
+    "logratios": "log pi(y|x) - log pi_ref(y|x) of the row's response, summed",
+    "mismatched_logratios": "the same of a response to another prompt, for the KL estimate; no gradient",
+    "desirable": "the row's label: 1 for a desirable response, 0 for an undesirable one",
+}
 OPTIONS = {
     "beta": "pref_beta",
     "label_smoothing": "dpo_label_smoothing",
     "tau": "discopop_tau",
     "gamma": "simpo_gamma",
+    "chosen_weight": "kto_chosen_weight",
+    "rejected_weight": "kto_rejected_weight",
 }
 # What the options that not every loss reads are where nothing is said: only then may a loss pass them over.
-OFF = {"label_smoothing": 0.0, "tau": 0.05, "gamma": 0.5}
+OFF = {"label_smoothing": 0.0, "tau": 0.05, "gamma": 0.5, "chosen_weight": 1.0, "rejected_weight": 1.0}
 
 
 # --- on the margin: functions of a - b alone ---
@@ -238,6 +246,41 @@ def kto_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta:
     return ((beta * (z_l - chosen_logratios)).sigmoid() + (beta * (rejected_logratios - z_w)).sigmoid()) / 2
 
 
+# --- on unpaired rows: one response with a label ---
+
+
+def kto_loss(
+    logratios: Tensor, mismatched_logratios: Tensor, desirable: Tensor, *,
+    beta: float, chosen_weight: float, rejected_weight: float,
+) -> Tensor:  # fmt: skip
+    """KTO: chosen_weight (1 - sigmoid(beta (a - z))), or rejected_weight (1 - sigmoid(beta (z - b))).
+
+    Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8. a and b are log-ratios of desirable and undesirable responses; z,
+    the KL from the reference, is max(0, mean log-ratio of mismatched responses) over the batch, without gradient.
+
+    Args:
+        desirable: 1 or 0.
+        chosen_weight, rejected_weight: the paper's lambda_D and lambda_U; chosen_weight times the desirable rows should
+            be 1 to 4/3 of rejected_weight times the undesirable ones.
+    Returns:
+        losses between 0 and the weight; half the weight where policy equals reference.
+    """
+    z = mismatched_logratios.mean().clamp(min=0).detach()
+    weight = chosen_weight * desirable + rejected_weight * (1 - desirable)
+    return weight * (beta * (1 - 2 * desirable) * (logratios - z)).sigmoid()
+
+
+def apo_zero_unpaired_loss(
+    logratios: Tensor, desirable: Tensor, *, beta: float, chosen_weight: float, rejected_weight: float
+) -> Tensor:
+    """APO-zero on unpaired rows: chosen_weight (1 - sigmoid(beta a)), or rejected_weight sigmoid(beta b).
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term as in TRL: KTO with z = 0.
+    """
+    weight = chosen_weight * desirable + rejected_weight * (1 - desirable)
+    return weight * (beta * (1 - 2 * desirable) * logratios).sigmoid()
+
+
 # --- without a reference ---
 
 
@@ -293,7 +336,7 @@ class PrefLoss:
     function: Callable[..., Tensor]
     equation: str
     paper: str
-    start: Callable[..., float] | None = None
+    start: Callable[..., float | None] | None = None
     """of the options: the loss where policy equals reference; None where that depends on more than the options."""
     pushes: tuple[int, int] = (1, -1)
     """whether a step from there raises (1), leaves (0) or lowers (-1) the chosen and the rejected log-probability."""
@@ -323,12 +366,23 @@ class PrefLoss:
         return any("logratios" in name or "ref_" in name for name in self.reads)
 
     @property
+    def unpaired(self) -> bool:
+        """Whether it is of rows with one response and a label."""
+        return "desirable" in self.reads
+
+    @property
     def per_token(self) -> bool:
         """Whether it reads means per token, which want a beta of 1 to 10 where sums want 0.01 to 0.5."""
         return any("avg_" in name for name in self.reads)
 
 
 LOG2 = math.log(2)
+
+
+def _half_of_equal(chosen_weight: float, rejected_weight: float) -> float | None:
+    return chosen_weight / 2 if chosen_weight == rejected_weight else None
+
+
 PREF_LOSSES = {
     "sigmoid": PrefLoss(
         sigmoid_loss, "-(1 - e) log sigmoid(x) - e log sigmoid(-x)", "DPO, arXiv:2305.18290, Eq. 7",
@@ -395,6 +449,14 @@ PREF_LOSSES = {
         kto_pair_loss, "(2 - sigmoid(beta (a - z_l)) - sigmoid(beta (z_w - b))) / 2", "KTO, arXiv:2402.01306, Eq. 8",
         start=lambda beta: 0.5, couples=True,
     ),
+    "kto": PrefLoss(
+        kto_loss, "w_D (1 - sigmoid(beta (a - z))) or w_U (1 - sigmoid(beta (z - b)))", "KTO, arXiv:2402.01306, Eq. 8",
+        start=lambda beta, chosen_weight, rejected_weight: _half_of_equal(chosen_weight, rejected_weight), couples=True,
+    ),
+    "apo_zero_unpaired": PrefLoss(
+        apo_zero_unpaired_loss, "w_D (1 - sigmoid(r_w)) or w_U sigmoid(r_l)", "APO, arXiv:2408.06266, Eq. 7",
+        start=lambda beta, chosen_weight, rejected_weight: _half_of_equal(chosen_weight, rejected_weight),
+    ),
     "simpo": PrefLoss(
         simpo_loss, "-log sigmoid(beta (u_w - u_l) - gamma)", "SimPO, arXiv:2405.14734, Eq. 6",
         usual_beta=(1.0, 20.0),
@@ -417,9 +479,9 @@ PREF_LOSSES = {
 
 def table() -> str:
     """The family in Markdown; README.md holds this text."""
-    lines = ["| pref_loss | a pair's loss | reads | reference | couples | source |", "|---|---|---|---|---|---|"]
+    lines = ["| pref_loss | a row's loss | reads | reference | couples | source |", "|---|---|---|---|---|---|"]
     for name, loss in PREF_LOSSES.items():
-        reads = "means per token" if loss.per_token else "sums"
+        reads = "means per token" if loss.per_token else "sums, of labelled rows" if loss.unpaired else "sums"
         marks = ["yes" if flag else "" for flag in (loss.needs_reference, loss.couples)]
         equation = loss.equation.replace("|", "\\|")
         lines.append(f"| `{name}` | {equation} | {reads} | {marks[0]} | {marks[1]} | {loss.paper} |")
@@ -427,8 +489,12 @@ def table() -> str:
 
 
 def over_margins(loss: PrefLoss, h: Tensor, options: dict[str, float]) -> Tensor:
-    """The loss of one pair at each h, apart: responses of 10 tokens at -40 nats, moved by h/2 and -h/2."""
-    quantities = {"mean_chosen_length": torch.full_like(h, 10.0)}
+    """The loss of one row at each h, apart: responses of 10 tokens at -40 nats, moved by h/2 and -h/2.
+
+    Of an unpaired loss a desirable response, moved by h.
+    """
+    quantities = {"mean_chosen_length": torch.full_like(h, 10.0), "logratios": h}
+    quantities |= {"mismatched_logratios": torch.zeros_like(h), "desirable": torch.ones_like(h)}
     for side, moved in (("chosen", h / 2), ("rejected", -h / 2)):
         sums = {"logps": moved - 40, "ref_logps": torch.full_like(h, -40.0), "logratios": moved}
         quantities |= {f"{side}_{name}": value for name, value in sums.items()}
@@ -446,10 +512,12 @@ def draw(path: str) -> None:
         raise ValueError('drawing needs matplotlib: pip install -e ".[plot]"') from None
     columns = 5
     figure, axes = plt.subplots(-(-len(PREF_LOSSES) // columns), columns, figsize=(16, 12), layout="constrained")
-    for (name, loss), axis in zip(PREF_LOSSES.items(), axes.flat, strict=True):
+    for axis in axes.flat[len(PREF_LOSSES) :]:
+        axis.remove()
+    for (name, loss), axis in zip(PREF_LOSSES.items(), axes.flat, strict=False):
         beta = 1.0 if loss.per_token else 0.1
         h = torch.linspace(-60, 60, 601, dtype=torch.float64, requires_grad=True)
-        values = over_margins(loss, h, {"beta": beta, "label_smoothing": 0.1, "tau": 0.05, "gamma": 0.5})
+        values = over_margins(loss, h, OFF | {"beta": beta, "label_smoothing": 0.1})
         (slopes,) = torch.autograd.grad(values.sum(), h)
         axis.plot(h.detach(), values.detach(), color="tab:blue")
         axis.twinx().plot(h.detach(), slopes, "--", color="tab:orange")

@@ -2,10 +2,13 @@
 
 rewards/chosen, rewards/rejected    beta * log-ratio of the response, summed over its tokens whatever the loss reads;
                                     without a reference beta * log pi(y|x), of simpo and orpo per token
-rewards/margins                     chosen minus rejected reward
+rewards/margins                     chosen minus rejected reward; of unpaired rows the difference of the two means
 rewards/accuracies                  share of pairs with margin > 0; a tie counts 0, so it is 0 at step 0; a cached
                                     reference's ties are ties but for rounding, and there it is any number
 logps/chosen, logps/rejected        log pi(y|x) of the policy, nats, summed over the response's tokens
+kl                                  kto's estimate of KL(policy || reference), nats per response, at least 0
+
+Of unpaired rows chosen means desirable and rejected undesirable.
 """
 
 import json
@@ -48,7 +51,10 @@ class Means:
             entry[1] += vector.numel()
 
     def means(self, prefix: str = "") -> dict[str, float]:
-        return {prefix + name: float(total) / count for name, (total, count) in self._sums.items()}
+        means = {name: float(total) / count for name, (total, count) in self._sums.items() if count}
+        if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return {prefix + name: mean for name, mean in means.items()}
 
     def state(self) -> dict[str, list[float]]:
         return {name: [float(total), count] for name, (total, count) in self._sums.items()}

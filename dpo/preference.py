@@ -44,6 +44,12 @@ class Pairs(Measured):
 
     LOGPS: ClassVar = ("chosen_logps", "rejected_logps", "chosen_logratios", "rejected_logratios")
 
+    @property
+    def avg_logratios(self) -> Tensor:
+        """Log-ratios per token of all responses, detached."""
+        ratios = torch.cat([self.chosen_logratios, self.rejected_logratios])
+        return ratios.detach() / torch.cat([self.chosen_lengths, self.rejected_lengths])
+
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_logratios: Tensor
@@ -110,6 +116,15 @@ class PreferenceLoss:
     def needs_reference(self) -> bool:
         return any(loss.needs_reference for loss, _ in self.losses)
 
+    @property
+    def unpaired(self) -> bool:
+        """Whether it is of rows with one response and a label, see dpo.unpaired."""
+        return any(loss.unpaired for loss, _ in self.losses)
+
+    def options_of(self, loss: PrefLoss) -> dict[str, float]:
+        """The options that a loss takes, as its function names them."""
+        return {name: self.options[name] for name in loss.options}
+
     def __call__(self, pairs: Pairs) -> Tensor:
         total = sum(weight * self._one(loss, pairs) for loss, weight in self.losses)
         if self.pref_ftx:
@@ -131,7 +146,7 @@ class PreferenceLoss:
             "rejected_avg_logratios": rejected_ratios / pairs.rejected_lengths,
             "mean_chosen_length": pairs.mean_chosen_length,
         }  # fmt: skip
-        options: dict[str, float | Tensor] = {name: self.options[name] for name in loss.options}
+        options: dict[str, float | Tensor] = dict(self.options_of(loss))
         if "label_smoothing" in options and not loss.couples:
             # A row's own label stands before the rate of wrong labels that holds for all.
             smoothing = torch.full_like(pairs.soft_label, float(options["label_smoothing"]))
@@ -155,18 +170,21 @@ class PreferenceLoss:
 
     def start(self) -> float | None:
         """The loss of a pair where policy equals reference, in closed form; None where it depends on the pair."""
-        terms_at_zero = not (self.pref_ftx or self.len_reg_alpha)
-        if not terms_at_zero or any(loss.start is None for loss, _ in self.losses):
+        if self.pref_ftx or self.len_reg_alpha:
             return None
-        return math.fsum(
-            weight * loss.start(**{name: self.options[name] for name in loss.options})
-            for loss, weight in self.losses
-            if loss.start is not None
-        )
+        total = 0.0
+        for loss, weight in self.losses:
+            one = loss.start and loss.start(**self.options_of(loss))
+            if one is None:
+                return None
+            total += weight * one
+        return total
 
 
 TERMS: dict[str, tuple[object, Callable[[PrefLoss], bool], str]] = {
     # config key: (where it is off, the losses that can read it, what they have in common)
+    "pref_ftx": (0.0, lambda loss: not loss.unpaired, "losses of pairs"),
+    "ld_alpha": (1.0, lambda loss: not loss.unpaired, "losses of pairs"),
     "dpop_lambda": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
     "len_reg_alpha": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
     "f_divergence_type": ("reverse_kl", lambda loss: loss.on_margin, "losses on the margin"),
@@ -188,6 +206,8 @@ def preference_loss(
         raise ValueError(f"loss_weights={list(weights)}: {len(weights)} for {len(losses)} losses; give one for each")
     if weights is not None and not all(map(math.isfinite, weights)):
         raise ValueError(f"loss_weights={list(weights)}: must be finite")
+    if any(loss.unpaired for loss in losses) and not all(loss.unpaired for loss in losses):
+        raise ValueError(f"pref_loss={shown}: losses of labelled rows and of pairs together; choose one kind")
     read = {option for loss in losses for option in loss.options}
     for option, off in OFF.items():
         if option not in read and options[option] != off:
@@ -249,15 +269,23 @@ class PreferenceObjective:
         """What a batch's loss is the mean over: pairs."""
         return len(rows)
 
-    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Pairs:
-        """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
+    def logps_and_logratios(
+        self, policy: Transformer, stream: Stream, rows: Sequence[Encoded]
+    ) -> tuple[Tensor, Tensor]:
+        """(log pi, log pi - log pi_ref) of every response of a stream; without a reference log pi twice."""
         reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream, rows)
         policy_R = token_logps(policy, stream)
         ratio_R = policy_R - reference_R
         if self.loss.ld_alpha != 1:
             weight_R = shared_token_weights(stream.lengths_B, self.loss.ld_alpha)
             policy_R, ratio_R = policy_R * weight_R, ratio_R * weight_R
-        logps, logratios = (sum_over_responses(x_R, stream.lengths_B) for x_R in (policy_R, ratio_R))
+        return sum_over_responses(policy_R, stream.lengths_B), sum_over_responses(ratio_R, stream.lengths_B)
+
+    def measure(
+        self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]
+    ) -> Measured:
+        """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
+        logps, logratios = self.logps_and_logratios(policy, stream, rows)
         mean_length = sum(len(row.response_ids[0]) for row in batch) / len(batch)
 
         def of_rows(values: Sequence[float]) -> Tensor:
@@ -277,10 +305,11 @@ class PreferenceObjective:
             soft_label=of_rows([math.nan if e.soft_label is None else e.soft_label for e in examples]),
         )
 
-    def losses(self, pairs: Pairs) -> Tensor:
-        return self.loss(pairs)
+    def losses(self, measured: Any) -> Tensor:
+        return self.loss(measured)
 
-    def metrics(self, pairs: Pairs, losses: Tensor) -> dict[str, Tensor]:
+    def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
+        pairs: Pairs = measured
         chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
         if self.reference is None and any(loss.per_token for loss, _ in self.loss.losses):
             # Without a reference the reward is beta log pi, and of a loss on means, beta times the mean.

@@ -4,7 +4,7 @@ config.yaml                  the resolved config
 metrics.jsonl                one object per logged step and evaluation
 runs/                        TensorBoard events (extra `log`)
 skipped_rows.txt             rows left out under on_bad_row=skip, a line each
-held_out.jsonl               the pairs that val_size held out
+held_out.jsonl               the rows that val_size held out
 checkpoint-N/                after step N (dpo.checkpoint)
 adapter_*.* or a model       the result, in PEFT's or Hugging Face's format
 results.json                 overrides and final metrics; a sweep collects them in its results.csv
@@ -85,12 +85,16 @@ class RunDir:
         (self.path / "skipped_rows.txt").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
     def write_held_out(self, examples: Sequence[Example]) -> None:
-        """The pairs that val_size held out, in the guide's format, for a later evaluation of this run."""
+        """The rows that val_size held out, in the guide's format, for a later evaluation of this run."""
         with open(self.path / HELD_OUT, "w", encoding="utf-8") as file:
             for example in examples:
                 turns = [{"from": m["role"], "value": m["content"]} for m in example.messages]
-                chosen, rejected = example.responses
-                row = {"conversations": turns, "chosen": chosen, "rejected": rejected}
+                row: dict[str, Any] = {"conversations": turns}
+                if example.label is None:
+                    row |= dict(zip(("chosen", "rejected"), example.responses, strict=True))
+                else:
+                    turns.append({"from": "assistant", "value": example.responses[0]})
+                    row["label"] = example.label
                 row |= {name: value for name in NUMBERS if (value := getattr(example, name)) is not None}
                 file.write(json.dumps(row) + "\n")
 

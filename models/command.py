@@ -103,6 +103,8 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
             for name, value in read_config_file(Path(text)).items():
                 if not _without_effect(name, value, without_effect, ineffective):
                     _check_key(name, value, schema)
+                    if name in stand_ins:
+                        stood_for += [f"{k}={_quote(v)}" for k, v in stand_ins[name](value).items()]
                     from_files.append(f"{name}={_quote(value)}")
         elif key in GROUPS or key.partition("@")[0] in GROUPS:
             _check_group(key, text)

@@ -8,16 +8,17 @@ import torch
 
 from dpo.certificate import certify
 from dpo.data import encode, read_examples
-from dpo.losses import PREF_LOSSES
+from dpo.losses import OFF, PREF_LOSSES
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import base_reference, frozen_reference
 from dpo.trainer import to_stream
+from dpo.unpaired import UnpairedObjective
 from models.lora import inject_lora
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.weights import WORLD, load_model
 
-OPTIONS = {"beta": 0.3, "label_smoothing": 0.0, "tau": 0.05, "gamma": 0.5}
+OPTIONS = OFF | {"beta": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def certified(policy, rows, name="sigmoid", reference=None, same_weights=True) -
     loss = preference_loss([name], None, options)
     needed = (reference or base_reference(policy)) if loss.needs_reference else None
     stream = to_stream(rows, policy.device)
-    objective = PreferenceObjective(loss, needed)
+    objective = (UnpairedObjective if loss.unpaired else PreferenceObjective)(loss, needed)
     return certify(policy, trained(policy), objective, stream, rows, same_weights=same_weights)
 
 

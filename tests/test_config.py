@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
 from dpo.config import RULES, TERM_KEYS, EvalConfig, TrainConfig, check, preference_loss_of
-from dpo.losses import OPTIONS, PREF_LOSSES
+from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
 from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss
+from dpo.unpaired import Labelled, UnpairedObjective
+from models.command import expand_arguments
 from models.template import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +53,13 @@ def some_pairs() -> Pairs:
     columns = [[-8, -3, -9], [-6, -4, -12], [2, -3, 0.5], [-1, -2, -1.5], [4, 2, 3], [2, 5, 3], [3, 3, 3]]
     ones = torch.ones(3)
     return Pairs(*map(torch.tensor, columns), weight=ones, margin=0 * ones, soft_label=math.nan * ones)
+
+
+def some_rows() -> Labelled:
+    """Three labelled rows."""
+    ones = torch.ones(3)
+    ratios = torch.tensor([2, -3, 0.5])
+    return Labelled(-5 * ones, ratios, ones, 4 * ones, desirable=torch.tensor([1, 0, 1.0]), weight=ones)
 
 
 # --- keys ---
@@ -167,12 +176,16 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
     """None is refused, and changing any number changes the loss of a pair."""
     cfg = composed("config", f"loss={path.stem}")
     check(cfg)
-    pairs = some_pairs()
-    result = preference_loss_of(cfg)(pairs)
+
+    def losses(cfg: DictConfig) -> torch.Tensor:
+        loss = preference_loss_of(cfg)
+        return UnpairedObjective(loss, None).losses(some_rows()) if loss.unpaired else loss(some_pairs())
+
+    result = losses(cfg)
     assert result.isfinite().all() and result.shape == (3,)
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
-            assert not torch.equal(preference_loss_of(changed(cfg, **{key: value * 0.7}))(pairs), result), key
+            assert not torch.equal(losses(changed(cfg, **{key: value * 0.7})), result), key
     assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "mpo")
 
 
@@ -211,18 +224,22 @@ def test_without_the_default_experiment_model_and_dataset_must_be_named():
 READ_UNDER = {
     "discopop_tau": {"pref_loss": "discopop"},
     "simpo_gamma": {"pref_loss": "simpo"},
+    "kto_chosen_weight": {"pref_loss": "kto"},
+    "kto_rejected_weight": {"pref_loss": "kto"},
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
 }
 # key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
 EDGES: dict[str, tuple[list, list]] = {
     "task": (["perplexity", ""], ["preference"]),
-    "stage": (["ppo", "DPO"], ["dpo", "sft"]),
+    "stage": (["ppo", "DPO"], ["dpo", "sft"]),  # kto: see test_stage_kto_is_the_loss_of_that_name
     "finetuning_type": (["freeze"], ["lora", "full"]),
     "template": (["vicuna"], ["auto", *TEMPLATES]),
     "pref_beta": ([0.0, -0.1, float("inf"), float("nan")], [1e-9]),
     "dpo_label_smoothing": ([0.5, 1.0, -0.1, float("nan")], [0.0, 0.49]),
     "discopop_tau": ([0.0, -1.0], [1e-9]),
     "simpo_gamma": ([-0.1, float("inf")], [0.0, 1.5]),
+    "kto_chosen_weight": ([-0.1, float("nan")], [0.0, 1.5]),
+    "kto_rejected_weight": ([-0.1, float("nan")], [0.0, 1.5]),
     "pref_ftx": ([-1.0, float("nan")], [0.0, 1.0]),
     "dpop_lambda": ([-1.0], [0.0, 50.0]),
     "len_reg_alpha": ([float("nan"), float("inf")], [-0.1, 0.0, 0.1]),
@@ -275,7 +292,7 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_the_rule(default, def
 
 
 def test_rules_name_the_choices(default):
-    for given in ("kto", "sigmoid,kto", ["sigmoid", "kto"]):
+    for given in ("ktoo", "sigmoid,ktoo", ["sigmoid", "ktoo"]):
         shown = given if isinstance(given, str) else ",".join(given)
         with pytest.raises(ValueError, match=rf"^pref_loss={shown}: expected one or several of sigmoid, .*, sft$"):
             check(changed(default, pref_loss=given))
@@ -307,8 +324,23 @@ def test_every_key_reaches_the_loss(request, command):
     }  # fmt: skip
     loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
     assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]
-    assert loss.options == {"beta": 0.7, "label_smoothing": 0.1, "tau": 0.2, "gamma": 0.3}
+    assert loss.options == OFF | {"beta": 0.7, "label_smoothing": 0.1, "tau": 0.2, "gamma": 0.3}
+    weights = {"kto_chosen_weight": 1.3, "kto_rejected_weight": 0.9}
+    kto = preference_loss_of(changed(request.getfixturevalue(command), pref_loss="kto", **weights))
+    assert kto.options == OFF | {"beta": kto.beta, "chosen_weight": 1.3, "rejected_weight": 0.9}
     assert {key: getattr(loss, key) for key in TERM_KEYS} == {key: values[key] for key in TERM_KEYS}
+
+
+def test_stage_kto_is_the_loss_of_that_name(default, tmp_path):
+    """LLaMA-Factory's files say stage: kto and no pref_loss."""
+    file = tmp_path / "kto.yaml"
+    file.write_text("stage: kto\nkto_chosen_weight: 1.2\n")
+    for argv in (["stage=kto"], [f"config_file={file}"]):
+        assert "pref_loss=kto" in [a.replace("'", "") for a in expand_arguments(argv, TrainConfig)[0]]
+    assert "pref_loss=kto" not in expand_arguments(["stage=dpo"], TrainConfig)[0]
+    check(changed(default, stage="kto", pref_loss="kto"))
+    with pytest.raises(ValueError, match="stage=kto with pref_loss=sigmoid: is of pairs; leave pref_loss out"):
+        check(changed(default, stage="kto"))
 
 
 UNREAD = [

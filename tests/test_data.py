@@ -220,6 +220,36 @@ def test_bad_row_is_refused_with_its_line_the_rule_and_what_was_given(tmp_path, 
         read(tmp_path, text, name=name)
 
 
+@FILES
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+def test_an_unpaired_row_is_an_sft_row_with_a_label(tmp_path, name, label):
+    for row in ({"messages": list(messages("user: q", "assistant: c"))}, {"prompt": "q", "completion": "c"}):
+        (example,), _ = read(tmp_path, write_rows([row | {label: False, "weight": 2}], name), name=name, stage="kto")
+        assert example.messages == messages("user: q") and example.responses == ("c",)
+        assert (example.label, example.weight) == (False, 2.0)
+
+
+def test_a_preference_row_is_two_unpaired_ones_and_counts_once(tmp_path):
+    rows = [{"prompt": "q", **PAIR}, {"prompt": "q2", **PAIR}]
+    examples, _ = read(tmp_path, write_rows(rows, "rows.json"), name="rows.json", stage="kto", max_samples=1)
+    assert [(example.responses, example.label) for example in examples] == [(("c",), True), (("r",), False)]
+
+
+@pytest.mark.parametrize(
+    ("row", "stage", "rule"),
+    [
+        ({"prompt": "q", "completion": "c"}, "kto", "label is missing; an unpaired row needs label"),
+        ({"prompt": "q", "completion": "c", "label": 1}, "kto", "label must be true or false, got int 1"),
+        ({"prompt": "q", "completion": "c", "kto_tag": "yes"}, "kto", "kto_tag must be true or false, got str 'yes'"),
+        ({"prompt": "q", "completion": "c", "label": True}, "dpo", "chosen is missing; .* rows with a label are for"),
+        ({"prompt": "q", "chosen": "c", "rejected": "c"}, "kto", "chosen equals rejected"),
+    ],
+)
+def test_a_bad_unpaired_row_is_refused_with_its_line_and_the_rule(tmp_path, row, stage, rule):
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:1: .*{rule}"):
+        read(tmp_path, json.dumps(row), stage=stage)
+
+
 BAD_SFT_ROWS = {
     "no_response": ({"prompt": "q"}, "no response; expected a last assistant turn"),
     "empty_turn": ({"conversations": sharegpt("user: q", "assistant: ")}, "the response is empty"),

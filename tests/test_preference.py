@@ -24,7 +24,8 @@ from dpo.preference import (
 from models.stream import pack
 
 BETA = 0.5
-OPTIONS = {"beta": BETA, "label_smoothing": 0.0, "tau": 0.05, "gamma": 0.5}
+OPTIONS = OFF | {"beta": BETA}
+PAIRED = [name for name, loss in PREF_LOSSES.items() if not loss.unpaired]
 ON_SUMS = [name for name, loss in PREF_LOSSES.items() if loss.on_margin and not loss.per_token]
 
 
@@ -205,14 +206,14 @@ def test_without_a_reference_a_log_ratio_is_the_log_probability(monkeypatch):
 # --- terms of every loss ---
 
 
-@pytest.mark.parametrize("name", PREF_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_pref_ftx_adds_the_chosen_responses_mean_negative_log_likelihood(name):
     """LLaMA-Factory's: -log pi(y_w) / |y_w| of each pair, times the weight; 2, 1.5 and 3 nats here."""
     difference = built(name, pref_ftx=0.5)(some_pairs()) - built(name)(some_pairs())
     assert_same(difference, [1.0, 0.75, 1.5])
 
 
-@pytest.mark.parametrize("name", PREF_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_a_rows_weight_multiplies_its_loss(name):
     weights = [0.0, 1.0, 2.5]
     plain = built(name, pref_ftx=0.5)(some_pairs())
@@ -220,7 +221,7 @@ def test_a_rows_weight_multiplies_its_loss(name):
 
 
 def test_a_combination_is_the_weighted_sum_of_its_losses():
-    names, weights = list(PREF_LOSSES), [0.5 + 0.1 * i for i in range(len(PREF_LOSSES))]
+    names, weights = PAIRED, [0.5 + 0.1 * i for i in range(len(PAIRED))]
     smoothing = {"label_smoothing": 0.1}
     parts = [
         w * built(name, options=smoothing if "label_smoothing" in PREF_LOSSES[name].options else {})(some_pairs())
@@ -252,7 +253,7 @@ def test_a_soft_label_of_one_half_is_symmetric_and_of_0_the_swapped_pair():
 # --- the start ---
 
 
-@pytest.mark.parametrize("name", PREF_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_the_start_is_the_loss_where_policy_equals_reference(name):
     loss = built(name, options={"beta": 0.3}, **({"dpop_lambda": 3.0} if name in ON_SUMS else {}))
     zeros = [0.0] * 3
@@ -286,7 +287,11 @@ REFUSED = [
     (["bco_pair"], {}, {"f_divergence_type": "forward_kl"}, "f_divergence_type=forward_kl: not read by pref_loss=bco"),
     (["sigmoid"], {}, {"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: not read by f_divergence_type"),
     (["exo_pair"], {"label_smoothing": 0.0}, {}, "dpo_label_smoothing=0: exo_pair takes its logarithm"),
-    (["sigmoid", "kto"], {}, {}, "pref_loss=sigmoid,kto: expected one or several of sigmoid, robust, hinge"),
+    (["sigmoid", "dpo"], {}, {}, "pref_loss=sigmoid,dpo: expected one or several of sigmoid, robust, hinge"),
+    (["sigmoid", "kto"], {}, {}, "pref_loss=sigmoid,kto: losses of labelled rows and of pairs together; choose one"),
+    (["kto"], {}, {"pref_ftx": 1.0}, "pref_ftx=1.0: not read by pref_loss=kto, but by losses of pairs; leave it at 0"),
+    (["kto"], {}, {"ld_alpha": 0.5}, "ld_alpha=0.5: not read by pref_loss=kto, but by losses of pairs; leave it at 1"),
+    (["sigmoid"], {"chosen_weight": 2.0}, {}, "kto_chosen_weight=2.0: not read by pref_loss=sigmoid, but by kto, apo"),
     ([], {}, {}, "pref_loss=: expected one or several of sigmoid"),
 ]  # fmt: skip
 
@@ -315,7 +320,8 @@ def test_loss_weights_are_one_finite_number_for_each_loss(weights, message):
 @pytest.mark.parametrize("option", OFF)
 def test_an_option_that_one_of_several_losses_reads_is_accepted(option):
     reader = next(name for name, loss in PREF_LOSSES.items() if option in loss.options)
-    assert built("hinge", reader, options={option: 0.3}).options[option] == 0.3
+    other = "kto" if PREF_LOSSES[reader].unpaired else "hinge"
+    assert built(other, reader, options={option: 0.3}).options[option] == 0.3
 
 
 # --- rows ---

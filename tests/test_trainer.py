@@ -25,6 +25,7 @@ from dpo.metrics import TIMING_KEYS
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import frozen_reference
 from dpo.trainer import Objective, Plan, SFTObjective, Trainer, _Clock, evaluate
+from dpo.unpaired import UnpairedObjective
 from models.config import parse_model_config
 from models.lora import inject_lora
 from models.transformer import Transformer
@@ -87,17 +88,17 @@ def random_rows(count: int, **numbers: float) -> list[Encoded]:
         return [draw.randrange(23) for _ in range(draw.randint(1, 6))]
 
     examples = [
-        Example((), ("", ""), f"rows:{i}", **{key: i * value for key, value in numbers.items()})
+        Example((), ("", ""), f"rows:{i}", label=i % 3 > 0, **{key: i * value for key, value in numbers.items()})
         for i in range(1, count + 1)
     ]
     return [Encoded(ids(), (ids(), ids()), example, 0, (False, False)) for example in examples]
 
 
 def objective_of(policy: Transformer, names: Sequence[str], **terms: object) -> PreferenceObjective:
-    options = {"beta": 0.3, "label_smoothing": 0.1, "tau": 0.7, "gamma": 0.4}
+    options = OFF | {"beta": 0.3, "label_smoothing": 0.1, "tau": 0.7, "gamma": 0.4}
     read = {option for name in names for option in PREF_LOSSES[name].options} | {"beta"}
     loss = preference_loss(names, None, {k: v if k in read else OFF[k] for k, v in options.items()}, **terms)
-    return PreferenceObjective(loss, frozen_reference(small_model(1)))
+    return (UnpairedObjective if loss.unpaired else PreferenceObjective)(loss, frozen_reference(small_model(1)))
 
 
 def three_updates(
@@ -123,6 +124,7 @@ def three_updates(
 OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
     name: lambda policy, name=name: objective_of(policy, [name]) for name in PREF_LOSSES
 } | {
+    "both unpaired": lambda policy: objective_of(policy, ["kto", "apo_zero_unpaired"]),
     "combination": lambda policy: objective_of(policy, ["sigmoid", "aot", "kto_pair", "sft"]),
     "terms": lambda policy: objective_of(policy, ["sigmoid"], pref_ftx=0.5, dpop_lambda=2.0, len_reg_alpha=0.1,
                                          ld_alpha=0.5, f_divergence_type="js_divergence"),
