@@ -54,7 +54,8 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     """One job of a sweep, in a directory of its own; a mistake ends the job and is a row of the sweep's results."""
     sweep_dir = Path(cfg.output_dir)
     cfg.output_dir = str(sweep_dir / str(number))
-    cfg.ref_cache_dir = cfg.ref_cache_dir or str(sweep_dir / "reference")
+    if not cfg.sync_ref_model:  # what moves cannot be shared
+        cfg.ref_cache_dir = cfg.ref_cache_dir or str(sweep_dir / "reference")
     print(f"job {number}: {' '.join(f'{key}={value}' for key, value in overrides.items())}")
     try:
         write_results(Path(cfg.output_dir), overrides, train(cfg))
@@ -96,6 +97,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if trainer.warmup_steps >= trainer.plan.total_steps:
             steps = f"{trainer.warmup_steps} steps of warm-up in a run of {trainer.plan.total_steps}"
             print(f"warning: {steps}: learning_rate is never reached; lower warmup_steps or warmup_ratio")
+        if cfg.sync_ref_model and cfg.ref_model_sync_steps >= trainer.plan.total_steps:
+            steps = f"ref_model_sync_steps={cfg.ref_model_sync_steps} in a run of {trainer.plan.total_steps}"
+            print(f"warning: {steps}: the reference does not move before the last update; lower it")
         if checkpoint is None and isinstance(objective, PreferenceObjective):
             first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
             stream = to_stream(first, device)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dpo.config import preference_loss_of
 from dpo.data import Encoded, Example, encode_all, find_dataset, read_examples, split_by_prompt
 from dpo.preference import PreferenceObjective
-from dpo.reference import Reference, base_reference, frozen_reference, snapshot_reference
+from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
 from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
@@ -139,6 +139,10 @@ def build_objective(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[P
 
 def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[Reference, str]:
     """(reference of a training run, what it is in a few words); see dpo.reference for the choice."""
+    if cfg.sync_ref_model:
+        alpha, steps = cfg.ref_model_mixup_alpha, cfg.ref_model_sync_steps
+        description = f"the policy as it starts, moved by {alpha:g} towards it every {steps} updates"
+        return MovingReference(policy, alpha=alpha, sync_steps=steps), description
     adapter = cfg.ref_model_adapters
     build: Callable[[], Reference]
     another_model = _is_another_model(cfg) or cfg.finetuning_type == "full"

@@ -34,6 +34,9 @@ class TrainConfig:
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
     ref_cache_dir: str | None = MISSING
+    sync_ref_model: bool = MISSING
+    ref_model_mixup_alpha: float = MISSING
+    ref_model_sync_steps: int = MISSING
     template: str = MISSING
     date_string: str | None = MISSING
     finetuning_type: str = MISSING
@@ -162,6 +165,8 @@ RULES: dict[str, tuple[Any, str]] = {
     "ld_alpha": ((lambda value: 0 <= value <= 1), "must be between 0 and 1, which is null"),
     "f_divergence_type": _one_of(*F_DIVERGENCES),
     "f_alpha_divergence_coef": ((lambda value: value != 1), "must not be 1, where it is reverse_kl: choose that"),
+    "ref_model_mixup_alpha": ((lambda value: 0 < value <= 1), "must be above 0 and at most 1"),
+    "ref_model_sync_steps": AT_LEAST_1,
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,
@@ -189,6 +194,8 @@ RULES: dict[str, tuple[Any, str]] = {
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
 }
+# How a reference moves, and where each key is when nothing is said.
+MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 
 def check(cfg: DictConfig) -> list[str]:
@@ -261,6 +268,11 @@ def _check_training(cfg: DictConfig) -> list[str]:
             raise ValueError(f"{key}={cfg[key]}: pref_loss={cfg.pref_loss} has no reference; leave it out")
     if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
         raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
+    if cfg.sync_ref_model:
+        _check_moving_reference(cfg)
+    for key, default in MOVES.items():
+        if not cfg.sync_ref_model and cfg[key] != default:
+            raise ValueError(f"{key}={cfg[key]}: not read without sync_ref_model=true; leave it at {default}")
     if cfg.val_size and cfg.eval_dataset:
         raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
     warnings = []
@@ -270,3 +282,21 @@ def _check_training(cfg: DictConfig) -> list[str]:
     if cfg.stage != "sft" and cfg.finetuning_type == "lora" and rate < 2e-6:
         warnings.append(f"learning_rate={rate:g} suits full fine-tuning; LoRA usually wants about 5e-6")
     return warnings
+
+
+def _check_moving_reference(cfg: DictConfig) -> None:
+    if cfg.stage == "sft":
+        raise ValueError("sync_ref_model=True with stage=sft: SFT has no reference; leave it out")
+    if not preference_loss_of(cfg).needs_reference:
+        raise ValueError(f"sync_ref_model=True: pref_loss={cfg.pref_loss} has no reference; leave it out")
+    if cfg.ref_cache_dir:
+        raise ValueError(
+            f"sync_ref_model=True with ref_cache_dir={cfg.ref_cache_dir}: what moves is not kept; leave one of them out"
+        )
+    start = None if cfg.adapter_name_or_path else cfg.model_name_or_path
+    for key, same in (("ref_model", start), ("ref_model_adapters", None)):
+        if cfg[key] and cfg[key] != same:
+            raise ValueError(
+                f"sync_ref_model=True with {key}={cfg[key]}: the reference moves from where training starts; leave one "
+                "of them out"
+            )

@@ -33,7 +33,7 @@ from dpo.data import Encoded
 from dpo.logprobs import sum_over_responses, token_logps
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
 from dpo.metrics import preference_metrics
-from dpo.reference import Reference
+from dpo.reference import MovingReference, Reference
 from models.stream import Stream
 from models.transformer import Transformer
 
@@ -241,10 +241,11 @@ class PreferenceObjective:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        return {}
+        return self.reference.tensors if isinstance(self.reference, MovingReference) else {}
 
     def updated(self, step: int) -> None:
-        pass
+        if isinstance(self.reference, MovingReference):
+            self.reference.follow(step)
 
     def check(self, rows: Sequence[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""

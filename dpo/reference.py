@@ -1,21 +1,24 @@
-"""The reference pi_ref: what the policy is compared with. One idea, three sources.
+"""The reference pi_ref: what the policy is compared with. One idea, four sources.
 
     adapters off     LoRA on a fresh adapter: the base model is in memory already
     snapshot         LoRA that continues an adapter: a frozen copy of that adapter, as it was at the start
     frozen copy      full fine-tuning, or a ref_model that is another model than the policy's base
+    moving           sync_ref_model: a copy of what is trained, which follows the policy from time to time
 
 A Reference is a function from a stream to its response tokens' log-probabilities, without gradient. It is told the
 stream's rows too, for dpo.reference_cache, which looks them up.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dpo.checkpoint import trainable
 from dpo.data import Encoded
 from dpo.logprobs import token_logps
-from models.lora import adapters_disabled, snapshot, using_adapter
+from models.lora import adapters_disabled, lora_layers, snapshot, using_adapter
 from models.stream import Stream
 from models.transformer import Transformer
 
@@ -35,18 +38,56 @@ def base_reference(policy: Transformer) -> Reference:
 
 def snapshot_reference(policy: Transformer) -> Reference:
     """The policy with its adapter as it is now, whatever becomes of it later."""
-    frozen = snapshot(policy)
-
-    def compute(stream: Stream) -> Tensor:
-        with using_adapter(policy, frozen):
-            return token_logps(policy, stream)
-
-    return _evaluating(policy, compute)
+    return _with_adapter(policy, snapshot(policy))
 
 
 def frozen_reference(model: Transformer) -> Reference:
     """Another model, which nobody trains."""
     return _evaluating(model, lambda stream: token_logps(model, stream))
+
+
+class MovingReference:
+    """The policy as it is now, moved towards what it becomes: ref <- alpha policy + (1 - alpha) ref.
+
+    TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): alpha below 1 is the paper's soft update, 1 its hard one. What
+    moves are float32 masters like the policy's own, for bfloat16 would lose small moves; they compute as the policy's.
+
+    With LoRA the factors A and B are mixed, not their products B A, whose mix has a rank that grows with every move. At
+    alpha = 1 that is the same; else it differs by alpha (1 - alpha) (B - B_ref)(A - A_ref), second order in the drift.
+    """
+
+    def __init__(self, policy: Transformer, *, alpha: float, sync_steps: int):
+        """alpha: in (0, 1]. sync_steps: updates from one move to the next."""
+        self.policy, self.alpha, self.sync_steps = policy, alpha, sync_steps
+        self.tensors: Mapping[str, Tensor]
+        """what moves, by the names of the policy's trained weights; changed in place."""
+        if lora_layers(policy):
+            self.tensors = snapshot(policy)
+            self._compute = _with_adapter(policy, self.tensors)
+        else:
+            model = copy.deepcopy(policy).requires_grad_(False)
+            self.tensors = dict(model.named_parameters())
+            self._compute = frozen_reference(model)
+
+    def __call__(self, stream: Stream, rows: Sequence[Encoded] = ()) -> Tensor:
+        return self._compute(stream, rows)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Move, if it is time to after update `step`, counted from 1."""
+        if step % self.sync_steps == 0:
+            for name, weight in trainable(self.policy).items():
+                self.tensors[name].lerp_(weight, self.alpha)
+
+
+def _with_adapter(policy: Transformer, adapter: Mapping[str, Tensor]) -> Reference:
+    """The policy with these adapter tensors."""
+
+    def compute(stream: Stream) -> Tensor:
+        with using_adapter(policy, adapter):
+            return token_logps(policy, stream)
+
+    return _evaluating(policy, compute)
 
 
 def _evaluating(model: Transformer, compute: Callable[[Stream], Tensor]) -> Reference:

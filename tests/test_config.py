@@ -227,6 +227,8 @@ READ_UNDER = {
     "kto_chosen_weight": {"pref_loss": "kto"},
     "kto_rejected_weight": {"pref_loss": "kto"},
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+    "ref_model_mixup_alpha": {"sync_ref_model": True},
+    "ref_model_sync_steps": {"sync_ref_model": True},
 }
 # key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
 EDGES: dict[str, tuple[list, list]] = {
@@ -246,6 +248,8 @@ EDGES: dict[str, tuple[list, list]] = {
     "ld_alpha": ([-0.1, 1.1, float("nan")], [0.0, 1.0, None]),
     "f_divergence_type": (["kl", ""], list(F_DIVERGENCES)),
     "f_alpha_divergence_coef": ([1.0, float("nan")], [-1.0, 0.0, 2.0]),
+    "ref_model_mixup_alpha": ([0.0, -0.1, 1.1, float("nan")], [1e-9, 1.0]),
+    "ref_model_sync_steps": ([0, -1], [1]),
     "lora_rank": ([0, -8], [1]),
     "lora_alpha": ([0.0, -1.0], [0.5, None]),
     "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
@@ -378,6 +382,23 @@ COMBINATIONS = [
     ({"stage": "sft", "ref_model": "r"}, "stage=sft with ref_model=r: SFT has no reference"),
     ({"pref_loss": "simpo", "pref_beta": 2.0, "ref_model": "r"}, "ref_model=r: pref_loss=simpo has no reference"),
     ({"stage": "sft", "ref_model_adapters": "r"}, "stage=sft with ref_model_adapters=r: SFT has no reference"),
+    ({"sync_ref_model": True, "stage": "sft"}, "sync_ref_model=True with stage=sft: SFT has no reference"),
+    (
+        {"sync_ref_model": True, "pref_loss": "simpo", "pref_beta": 2.0},
+        "sync_ref_model=True: pref_loss=simpo has no reference",
+    ),
+    (
+        {"sync_ref_model": True, "ref_cache_dir": "c"},
+        "sync_ref_model=True with ref_cache_dir=c: what moves is not kept",
+    ),
+    (
+        {"sync_ref_model": True, "ref_model": "r"},
+        "sync_ref_model=True with ref_model=r: the reference moves from where training starts",
+    ),
+    (
+        {"sync_ref_model": True, "ref_model_adapters": "a"},
+        "sync_ref_model=True with ref_model_adapters=a: the reference moves from where training starts",
+    ),
     (
         {"val_size": 0.1, "eval_dataset": "e"},
         r"val_size=0\.1 with eval_dataset=e: choose one of the two",
@@ -393,6 +414,22 @@ def test_a_combination_that_cannot_run_is_refused_and_each_half_is_fine(default,
     cfg = changed(default, eval_dataset=None)
     for key, value in values.items():
         check(changed(cfg, **{key: value}))
+
+
+def test_a_reference_that_moves_may_be_named_only_where_training_starts_from_it(default):
+    """ref_model=world is what training starts from, unless an adapter is continued."""
+    cfg = changed(default, sync_ref_model=True, ref_model="world")
+    check(cfg)
+    with pytest.raises(ValueError, match=r"^sync_ref_model=True with ref_model=world: the reference moves from where"):
+        check(changed(cfg, adapter_name_or_path="runs/a"))
+
+
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_how_a_reference_moves_is_refused_where_none_does(default, stage):
+    for key, value, off in (("ref_model_mixup_alpha", 0.5, 0.6), ("ref_model_sync_steps", 100, 512)):
+        message = f"^{key}={value}: not read without sync_ref_model=true; leave it at {off}$"
+        with pytest.raises(ValueError, match=message):
+            check(changed(default, stage=stage, **{key: value}))
 
 
 def test_a_run_that_neither_trains_nor_evaluates_is_refused(default):

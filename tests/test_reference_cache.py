@@ -243,6 +243,14 @@ def test_a_loss_without_a_reference_has_no_cache(tmp_path, passes):
     assert not passes and not (tmp_path / "reference").exists()
 
 
+def test_a_job_whose_reference_moves_is_given_no_cache(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("train.train", lambda cfg: given.append(cfg.ref_cache_dir) or {})
+    for number, moves in enumerate(("true", "false")):
+        sweep_job(config(tmp_path, f"sync_ref_model={moves}"), {}, number)
+    assert given == [None, str(tmp_path / "reference")]
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("adapter")

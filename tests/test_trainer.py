@@ -258,10 +258,13 @@ def test_a_seed_determines_the_run_and_another_seed_another(tmp_path):
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
+@pytest.mark.parametrize("moves", [[], ["sync_ref_model=true", "ref_model_sync_steps=2"]], ids=["", "sync_ref_model"])
 @pytest.mark.parametrize("kind", ["finetuning_type=lora", "finetuning_type=full"])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, kind):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, kind, moves):
+    """From step 2 of 6, where a reference that moves has moved once."""
     common = [
         kind,
+        *moves,
         "max_steps=6",
         "save_steps=2",
         "lora_dropout=0.1",
@@ -298,6 +301,23 @@ def test_an_adapter_that_is_continued_is_its_own_reference(tmp_path):
     train(config(tmp_path / "base", continued, "max_steps=1", "ref_model=world"))
     assert rows(tmp_path / "snapshot")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert abs(rows(tmp_path / "base")[0]["loss"] - 0.6931472) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["finetuning_type=lora", "finetuning_type=full"])
+def test_a_step_after_the_reference_went_all_the_way_is_a_first_step(tmp_path, capsys, kind):
+    """alpha 1 after every second of 3 updates: loss log 2 and margins 0 at the first and the third."""
+    moves = ["sync_ref_model=true", "ref_model_mixup_alpha=1", "ref_model_sync_steps=2"]
+    train(config(tmp_path, kind, *moves, "learning_rate=1e-5", "warmup_ratio=0"))
+    output, logged = capsys.readouterr().out, rows(tmp_path)
+    assert "reference: the policy as it starts, moved by 1 towards it every 2 updates" in output
+    assert "closed form of the loss 0.6931" in output and "warning" not in output
+    assert [row["rewards/margins"] == 0 for row in logged] == [True, False, True]
+    assert [row["loss"] == pytest.approx(math.log(2), abs=1e-6) for row in logged] == [True, False, True]
+
+
+def test_a_reference_that_never_moves_is_warned_about(tmp_path, capsys):
+    train(config(tmp_path, "sync_ref_model=true", "max_steps=1", "warmup_ratio=0"))
+    assert "warning: ref_model_sync_steps=512 in a run of 1: the reference does not move" in capsys.readouterr().out
 
 
 def test_the_norm_that_is_reported_is_the_one_before_clipping(tmp_path):
