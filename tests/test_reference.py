@@ -145,6 +145,7 @@ def test_a_moving_reference_is_the_model_whose_weights_were_mixed_by_hand(kind, 
             for name, weight in trainable(by_hand).items():
                 weight.data = 0.6 * trainable(policy)[name].detach() + 0.4 * weight.data
         torch.testing.assert_close(reference(stream), token_logps(by_hand, stream), rtol=1e-12, atol=1e-12)
+        assert not any(tensor.requires_grad for tensor in reference.tensors.values())  # or each move would add a graph
     assert (reference(stream) - token_logps(policy_of(kind), stream)).abs().max() > 0.1
     assert (reference(stream) - token_logps(policy, stream)).abs().max() > 0.1
 

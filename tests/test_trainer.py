@@ -315,9 +315,9 @@ def test_a_step_after_the_reference_went_all_the_way_is_a_first_step(tmp_path, c
     assert [row["loss"] == pytest.approx(math.log(2), abs=1e-6) for row in logged] == [True, False, True]
 
 
-def test_a_reference_that_never_moves_is_warned_about(tmp_path, capsys):
-    train(config(tmp_path, "sync_ref_model=true", "max_steps=1", "warmup_ratio=0"))
-    assert "warning: ref_model_sync_steps=512 in a run of 1: the reference does not move" in capsys.readouterr().out
+def test_a_reference_that_moves_too_late_to_count_is_warned_about(tmp_path, capsys):
+    train(config(tmp_path, "sync_ref_model=true", "ref_model_sync_steps=2", "max_steps=2", "warmup_ratio=0"))
+    assert "warning: ref_model_sync_steps=2 in a run of 2: the reference does not move" in capsys.readouterr().out
 
 
 def test_the_norm_that_is_reported_is_the_one_before_clipping(tmp_path):
