@@ -36,11 +36,11 @@ def preference(cfg: DictConfig) -> dict[str, float]:
     template = build_template(cfg)
     rows = build_eval_rows(cfg, template)
     print(f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped")
-    policy = build_finished_policy(cfg, device)
     objective, description = new_objective(cfg), "none"
     objective.check(rows.evaluation)
+    policy = build_finished_policy(cfg, device)
     if objective.loss.needs_reference:
-        objective.reference, description = build_finished_reference(cfg, policy)
+        objective.reference, description = build_finished_reference(cfg, policy, rows.evaluation)
     print(f"reference: {description}")
     return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size)
 

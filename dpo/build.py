@@ -4,7 +4,7 @@ Beside the trainer and the entry points the only file that reads cfg. Everything
 a mistake in the config or the data is said in the first second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -153,17 +153,25 @@ def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[R
         build, description = partial(snapshot_reference, policy), "a snapshot of the adapter as it starts"
     else:
         build, description = partial(base_reference, policy), "the base model, adapter off"
+    reads = _rows_read(cfg, rows)
+    return _through_cache(cfg, policy, reads, build, adapter=adapter, loads_model=another_model), description
+
+
+def _through_cache(
+    cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded], build: Callable[[], Reference], *,
+    adapter: str | None, loads_model: bool,
+) -> Reference:  # fmt: skip
+    """What `build` makes; with ref_cache_dir, only where a row is missing there. adapter: the reference's own."""
     if not cfg.ref_cache_dir:
-        return build(), description
+        return build()
     directory = model_dir(cfg.ref_model or cfg.model_name_or_path)
     files = [directory / "config.json", *weight_files(directory)]
     if adapter:
         files += [Path(adapter) / ADAPTER_CONFIG, Path(adapter) / ADAPTER_WEIGHTS]
-    cached = cached_reference(
-        Path(cfg.ref_cache_dir), files, choose_dtype(cfg.bf16, cfg.fp16), _rows_read(cfg, rows), build,
-        device=policy.device, batch_size=cfg.per_device_eval_batch_size, loads_model=another_model,
+    return cached_reference(
+        Path(cfg.ref_cache_dir), files, choose_dtype(cfg.bf16, cfg.fp16), rows, build,
+        device=policy.device, batch_size=cfg.per_device_eval_batch_size, loads_model=loads_model,
     )  # fmt: skip
-    return cached, description
 
 
 def _rows_read(cfg: DictConfig, rows: Rows) -> list[Encoded]:
@@ -183,11 +191,15 @@ def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     return policy.requires_grad_(False)
 
 
-def build_finished_reference(cfg: DictConfig, policy: Transformer) -> tuple[Reference, str]:
+def build_finished_reference(cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded]) -> tuple[Reference, str]:
     """The reference of an evaluation: the one that is named, else the policy's base model."""
-    if _is_another_model(cfg):
-        return _frozen_copy(cfg, policy), _describe_frozen_copy(cfg)
-    return base_reference(policy), "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
+    build: Callable[[], Reference] = partial(base_reference, policy)
+    description = "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
+    another_model = _is_another_model(cfg)
+    if another_model:
+        build, description = partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
+    adapter = cfg.ref_model_adapters
+    return _through_cache(cfg, policy, rows, build, adapter=adapter, loads_model=another_model), description
 
 
 def starts_at_its_reference(cfg: DictConfig) -> bool:

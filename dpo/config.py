@@ -109,6 +109,7 @@ class EvalConfig:
     adapter_name_or_path: str | None = MISSING
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
+    ref_cache_dir: str | None = MISSING
     template: str = MISSING
     date_string: str | None = MISSING
     pref_loss: Any = MISSING
@@ -212,6 +213,8 @@ def check(cfg: DictConfig) -> list[str]:
                 raise ValueError(f"{key}={value}: {rule}")
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
+    if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
+        raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
     if cfg.get("stage") == "sft":
         return _check_training(cfg)
     loss = preference_loss_of(cfg)
@@ -266,8 +269,6 @@ def _check_training(cfg: DictConfig) -> list[str]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")
         if cfg.stage != "sft" and cfg[key] and not preference_loss_of(cfg).needs_reference:
             raise ValueError(f"{key}={cfg[key]}: pref_loss={cfg.pref_loss} has no reference; leave it out")
-    if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
-        raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
     if cfg.sync_ref_model:
         _check_moving_reference(cfg)
     for key, default in MOVES.items():

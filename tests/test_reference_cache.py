@@ -16,11 +16,14 @@ import dpo.build
 import dpo.reference
 import dpo.reference_cache
 from dpo.build import WORLD
+from dpo.config import EvalConfig, check
 from dpo.data import Encoded, Example
 from dpo.metrics import TIMING_KEYS
 from dpo.reference_cache import cached_reference, reference_key, row_key
 from dpo.run import check_resume
 from dpo.trainer import to_stream
+from eval import preference
+from models.command import expand_arguments
 from train import sweep_job, train
 
 CONF = str(Path(__file__).parent.parent / "conf")
@@ -279,6 +282,69 @@ def test_metrics_are_those_of_a_live_reference(tmp_path, adapter, source):
     assert abs(metrics(tmp_path / "first")[-1]["eval_rewards/margins"]) > 1e-3
 
 
+def evaluated(*arguments: str) -> dict[str, float]:
+    """What `python eval.py` gives, but for the time."""
+    expanded, _ = expand_arguments(["device=cpu", *arguments], EvalConfig)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("eval", expanded)
+    check(cfg)
+    return {name: value for name, value in preference(cfg).items() if name not in TIMING_KEYS}
+
+
+@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+def test_an_evaluation_finds_what_its_run_computed(tmp_path, adapter, passes, loaded, capsys, source):
+    """No pass of the reference, no model but the policy, and the metrics of a live reference and of the run itself."""
+    options = {
+        "adapter off": ["learning_rate=1e-2"],
+        "snapshot": [f"adapter_name_or_path={adapter}", "learning_rate=1e-2"],
+        "frozen copy": ["finetuning_type=full", "learning_rate=1e-3"],
+        "another adapter": [f"ref_model_adapters={adapter}"],
+    }[source]
+    run = tmp_path / "run"
+    train(config(run, *options, "val_size=4", f"ref_cache_dir={tmp_path / 'cache'}"))
+    passes.clear(), loaded.clear(), capsys.readouterr()
+    found = evaluated(f"run={run}")
+    out = capsys.readouterr().out
+    assert f"4 of 4 rows found, 0 computed in 0.0 s{', the model was not loaded' * (source != 'adapter off')} (" in out
+    assert (len(passes), len(loaded)) == (0, 1)
+    live = evaluated(f"run={run}", "ref_cache_dir=null")
+    assert len(passes) == 1 and "reference cache" not in capsys.readouterr().out
+    assert found == pytest.approx(live, rel=1e-5, abs=1e-5)
+    trained = {name: metrics(run)[-1][name] for name in found}
+    assert found == pytest.approx(trained, rel=1e-5, abs=1e-5)
+    assert abs(found["eval_rewards/margins"]) > 1e-3
+
+
+def test_an_evaluation_computes_once_and_keeps_a_cache_of_its_own(tmp_path, adapter, passes, loaded):
+    """With a frozen copy too, which the second does not load. A row that is new is computed alone."""
+    for reference, first, second in (([], 1, 1), ([f"ref_model_adapters={adapter}"], 2, 1)):
+        arguments = [f"ref_cache_dir={tmp_path / 'cache'}", "model_name_or_path=world", "eval_dataset=world"]
+        arguments += [f"adapter_name_or_path={adapter}", "pref_beta=0.3", *reference]
+        passes.clear(), loaded.clear()
+        expected = evaluated(*arguments, "max_samples=5")
+        assert (len(passes), len(loaded)) == (1, first)
+        again = evaluated(*arguments, "max_samples=5")
+        assert again == expected and (len(passes), len(loaded)) == (1, first + second)
+        evaluated(*arguments, "max_samples=6")
+        assert len(passes) == 2
+
+
+def test_an_evaluation_of_a_sweeps_job_reads_the_sweeps_cache(tmp_path, passes, capsys):
+    sweep_job(config(tmp_path, "val_size=4"), {}, 0)
+    passes.clear()
+    evaluated(f"run={tmp_path / '0'}")
+    found = f"4 of 4 rows found, 0 computed in 0.0 s ({tmp_path / 'reference'})"
+    assert not passes and found in capsys.readouterr().out
+
+
+def test_rows_that_the_loss_cannot_honour_are_refused_before_any_weight_is_loaded(tmp_path, loaded):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2.0}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: margin=2.0: pref_loss=ipo cannot honour it"):
+        evaluated("model_name_or_path=world", f"eval_dataset={file}", "pref_loss=ipo")
+    assert not loaded
+
+
 def test_a_frozen_copy_whose_rows_are_all_found_is_not_loaded(tmp_path, loaded, capsys):
     options = ["finetuning_type=full", "learning_rate=1e-5", f"ref_cache_dir={tmp_path / 'cache'}"]
     train(config(tmp_path / "first", *options, "max_samples=8"))
@@ -335,3 +401,5 @@ def test_a_cache_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"ref_cache_dir=.*file: is a file; name a directory"):
         train(config(tmp_path / "run", f"ref_cache_dir={tmp_path / 'file'}"))
+    with pytest.raises(ValueError, match=r"ref_cache_dir=.*file: is a file; name a directory"):
+        evaluated("model_name_or_path=world", "eval_dataset=world", f"ref_cache_dir={tmp_path / 'file'}")
