@@ -82,7 +82,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     print_rows(rows.train, rows.evaluation, rows.skipped)
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
-    if cfg.stage != "sft":
+    if cfg.stage == "sft":
+        objective.check([*rows.train, *rows.evaluation])
+    else:
         objective, description = build_objective(cfg, policy, rows)
         print(f"reference: {description}")
 

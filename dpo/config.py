@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from dpo.losses import OPTIONS, PREF_LOSSES
+from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
 from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
 from dpo.run import saved_keys
@@ -216,6 +216,7 @@ def check(cfg: DictConfig) -> list[str]:
     if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
         raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
     if cfg.get("stage") == "sft":
+        _refuse_preference_options(cfg)
         return _check_training(cfg)
     loss = preference_loss_of(cfg)
     if cfg.get("stage") == "kto" and not loss.unpaired:
@@ -248,6 +249,15 @@ def preference_loss_of(cfg: DictConfig) -> PreferenceLoss:
         raise ValueError(f"loss_weights={cfg.loss_weights}: expected a number for each loss of pref_loss") from None
     terms = {key: cfg[key] for key in TERM_KEYS if cfg[key] is not None}
     return preference_loss(as_list(cfg.pref_loss), weights, {name: cfg[key] for name, key in OPTIONS.items()}, **terms)
+
+
+def _refuse_preference_options(cfg: DictConfig) -> None:
+    """ValueError for what changes a preference loss, in a run that has none; pref_loss and pref_beta are always set."""
+    off: dict[str, object] = {"loss_weights": None} | {OPTIONS[option]: value for option, value in OFF.items()}
+    off |= {field.name: field.default for field in fields(PreferenceLoss) if field.name in TERM_KEYS}
+    for key, value in off.items():
+        if cfg[key] is not None and cfg[key] != value:
+            raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no preference loss; leave it out")
 
 
 def _lies_in(path: str, directory: str) -> bool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
-from dpo.data import Encoded
+from dpo.data import NUMBERS, Encoded, Example
 from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
 from dpo.optim import LossScale, build_adamw, clip_gradients, learning_rate_at
@@ -44,6 +44,9 @@ class Objective(Protocol):
 
     def updated(self, step: int) -> None:
         """Called after update `step`, counted from 1."""
+
+    def check(self, rows: Sequence[Encoded]) -> None:
+        """ValueError for a row that carries a number which is not honoured."""
 
     def units(self, rows: Sequence[Encoded]) -> int:
         """What a batch's loss is the mean over: its pairs, or its response tokens."""
@@ -66,6 +69,15 @@ class SFTObjective:
 
     def updated(self, step: int) -> None:
         pass
+
+    def check(self, rows: Sequence[Encoded]) -> None:
+        for row in rows:
+            for key in NUMBERS:
+                value = getattr(row.example, key)
+                if value != getattr(Example, key):  # the default, which changes nothing
+                    raise ValueError(
+                        f"{row.example.source}: {key}={value}: stage=sft cannot honour it; remove it from the rows"
+                    )
 
     def units(self, rows: Sequence[Encoded]) -> int:
         return sum(len(ids) for row in rows for ids in row.response_ids)

@@ -432,6 +432,22 @@ def test_how_a_reference_moves_is_refused_where_none_does(default, stage):
             check(changed(default, stage=stage, **{key: value}))
 
 
+AWAY = {
+    "loss_weights": [2.0], "dpo_label_smoothing": 0.1, "discopop_tau": 0.1, "simpo_gamma": 1.0, "pref_ftx": 1.0,
+    "dpop_lambda": 1.0, "len_reg_alpha": 0.1, "ld_alpha": 0.5, "f_divergence_type": "forward_kl",
+    "f_alpha_divergence_coef": 0.3, "kto_chosen_weight": 2.0, "kto_rejected_weight": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted(LOSS_KEYS - {"pref_loss", "pref_beta"}))
+def test_sft_refuses_what_changes_a_preference_loss(default, key):
+    """Not the loss and its beta: LLaMA-Factory's files carry them, whatever the stage."""
+    sft = changed(default, stage="sft", pref_loss="ipo", pref_beta=0.3, ld_alpha=1.0)
+    assert check(sft) == []
+    with pytest.raises(ValueError, match=re.escape(f"stage=sft with {key}={AWAY[key]}: SFT has no preference loss")):
+        check(changed(sft, **{key: AWAY[key]}))
+
+
 def test_a_run_that_neither_trains_nor_evaluates_is_refused(default):
     """do_train=false needs held-out rows from somewhere."""
     with pytest.raises(ValueError, match=r"^do_train=False without eval_dataset or val_size"):

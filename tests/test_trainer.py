@@ -251,6 +251,22 @@ def test_the_cut_does_not_show_in_sft_either(tmp_path):
         assert row == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
 
+def test_sft_refuses_a_rows_numbers_in_training_and_held_out_rows(tmp_path):
+    """It would ignore them. What says nothing is no such number."""
+    turns = '"prompt": "Name a cat.", "chosen": "Tom."'
+    (tmp_path / "plain.jsonl").write_text(f'{{{turns}, "weight": 1, "margin": 0, "soft_label": null}}\n' * 2)
+    plain = [f"dataset={tmp_path / 'plain.jsonl'}", "stage=sft", "max_steps=1"]
+    train(config(tmp_path / "run", *plain))
+    for number in ("weight=0.5", "margin=2.0", "soft_label=1.0"):
+        key, _, value = number.partition("=")
+        file = tmp_path / f"{key}.jsonl"
+        file.write_text(f'{{{turns}}}\n{{{turns}, "{key}": {value}}}\n')
+        for where in ("dataset", "eval_dataset"):
+            with pytest.raises(ValueError, match=f"{key}.jsonl:2: {number}: stage=sft cannot honour it; remove it"):
+                train(config(tmp_path / key, *plain, f"{where}={file}"))
+        assert not (tmp_path / key).exists()
+
+
 def test_a_seed_determines_the_run_and_another_seed_another(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(config(tmp_path / name, f"seed={seed}", "lora_dropout=0.1", "per_device_train_batch_size=4"))
