@@ -12,41 +12,27 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig
 
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
 from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
 from dpo.run import saved_keys
+from models.command import refuse_unset
 from models.template import TEMPLATES
 
 
 @dataclass
-class TrainConfig:
-    """Every key of train.py; see conf/config.yaml for what each means."""
-
-    NOT_THE_WORLDS: ClassVar = {"model_name_or_path", "dataset", "model", "data"}
-    # LLaMA-Factory's name for training with the loss of the same name.
-    STANDS_FOR: ClassVar = {"stage": lambda stage: {"pref_loss": "kto"} if stage == "kto" else {}}
+class SharedConfig:
+    """The keys that train.py and eval.py share, and that mean the same in both."""
 
     model_name_or_path: str = MISSING
     adapter_name_or_path: str | None = MISSING
     ref_model: str | None = MISSING
     ref_model_adapters: str | None = MISSING
     ref_cache_dir: str | None = MISSING
-    sync_ref_model: bool = MISSING
-    ref_model_mixup_alpha: float = MISSING
-    ref_model_sync_steps: int = MISSING
     template: str = MISSING
     date_string: str | None = MISSING
-    finetuning_type: str = MISSING
-    lora_target: str = MISSING
-    lora_rank: int = MISSING
-    lora_alpha: float | None = MISSING
-    use_rslora: bool = MISSING
-    lora_dropout: float = MISSING
-    stage: str = MISSING
-    do_train: bool = MISSING
     pref_loss: Any = MISSING
     loss_weights: Any = MISSING
     pref_beta: float = MISSING
@@ -61,16 +47,40 @@ class TrainConfig:
     ld_alpha: float | None = MISSING
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
-    dataset: str = MISSING
-    eval_dataset: str | None = MISSING
     dataset_dir: str = MISSING
-    val_size: float = MISSING
     cutoff_len: int = MISSING
     max_samples: int | None = MISSING
-    disable_shuffling: bool = MISSING
     on_bad_row: str = MISSING
-    per_device_train_batch_size: int = MISSING
     per_device_eval_batch_size: int = MISSING
+    bf16: bool = MISSING
+    fp16: bool = MISSING
+    device: str = MISSING
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """Every key of train.py; see conf/config.yaml for what each means."""
+
+    NOT_THE_WORLDS: ClassVar = {"model_name_or_path", "dataset", "model", "data"}
+    # LLaMA-Factory's name for training with the loss of the same name.
+    STANDS_FOR: ClassVar = {"stage": lambda stage: {"pref_loss": "kto"} if stage == "kto" else {}}
+
+    sync_ref_model: bool = MISSING
+    ref_model_mixup_alpha: float = MISSING
+    ref_model_sync_steps: int = MISSING
+    finetuning_type: str = MISSING
+    lora_target: str = MISSING
+    lora_rank: int = MISSING
+    lora_alpha: float | None = MISSING
+    use_rslora: bool = MISSING
+    lora_dropout: float = MISSING
+    stage: str = MISSING
+    do_train: bool = MISSING
+    dataset: str = MISSING
+    eval_dataset: str | None = MISSING
+    val_size: float = MISSING
+    disable_shuffling: bool = MISSING
+    per_device_train_batch_size: int = MISSING
     gradient_accumulation_steps: int = MISSING
     learning_rate: float = MISSING
     lr_scheduler_type: str = MISSING
@@ -81,9 +91,6 @@ class TrainConfig:
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     seed: int = MISSING
-    bf16: bool = MISSING
-    fp16: bool = MISSING
-    device: str = MISSING
     gradient_checkpointing: bool = MISSING
     logging_steps: int = MISSING
     eval_strategy: str = MISSING
@@ -98,43 +105,14 @@ class TrainConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Every key of eval.py; those it shares with train.py mean the same. See conf/eval.yaml."""
+class EvalConfig(SharedConfig):
+    """Every key of eval.py; see conf/eval.yaml."""
 
     STANDS_FOR: ClassVar = {"run": lambda run: saved_keys(run, wanted=[f.name for f in fields(EvalConfig)])}
 
     task: str = MISSING
     run: str | None = MISSING
-    model_name_or_path: str = MISSING
-    adapter_name_or_path: str | None = MISSING
-    ref_model: str | None = MISSING
-    ref_model_adapters: str | None = MISSING
-    ref_cache_dir: str | None = MISSING
-    template: str = MISSING
-    date_string: str | None = MISSING
-    pref_loss: Any = MISSING
-    loss_weights: Any = MISSING
-    pref_beta: float = MISSING
-    dpo_label_smoothing: float = MISSING
-    discopop_tau: float = MISSING
-    simpo_gamma: float = MISSING
-    kto_chosen_weight: float = MISSING
-    kto_rejected_weight: float = MISSING
-    pref_ftx: float = MISSING
-    dpop_lambda: float = MISSING
-    len_reg_alpha: float = MISSING
-    ld_alpha: float | None = MISSING
-    f_divergence_type: str = MISSING
-    f_alpha_divergence_coef: float = MISSING
     eval_dataset: str = MISSING
-    dataset_dir: str = MISSING
-    cutoff_len: int = MISSING
-    max_samples: int | None = MISSING
-    on_bad_row: str = MISSING
-    per_device_eval_batch_size: int = MISSING
-    bf16: bool = MISSING
-    fp16: bool = MISSING
-    device: str = MISSING
     output_file: str | None = MISSING
 
 
@@ -201,11 +179,8 @@ MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 def check(cfg: DictConfig) -> list[str]:
     """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
+    refuse_unset(cfg, model_name_or_path=" (or model=NAME)")
     for key in map(str, cfg):
-        if OmegaConf.is_missing(cfg, key):
-            raise ValueError(
-                f"{key} is not set; pass {key}=..." + (" (or model=NAME)" if key == "model_name_or_path" else "")
-            )
         value = cfg[key]
         if key in RULES and value is not None:
             holds, rule = RULES[key]

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
-from models.command import ANY, CONF, one_line_errors, prepare_command_line
+from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset
 from models.generate import StopStrings, stream_tokens
 from models.lora import load_adapter, read_adapter_config
 from models.packed import packed
@@ -75,9 +75,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    for key in map(str, cfg):
-        if OmegaConf.is_missing(cfg, key):
-            raise ValueError(f"{key} is not set; pass {key}=...")
+    refuse_unset(cfg)
     for key, rule, holds in (
         ("max_new_tokens", "must be at least 1", cfg.max_new_tokens >= 1),
         ("seed", "must be at least 0 and below 2^32", 0 <= cfg.seed < 2**32),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -131,6 +131,13 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
         expanded.append("~experiment")
         notes.append(f"{own[0]} is given: the built-in world's settings (experiment=world) are not used")
     return flags + expanded, notes
+
+
+def refuse_unset(cfg: DictConfig, **other_ways: str) -> None:
+    """ValueError for a key that nobody gave a value. other_ways: how else a key can be given one, by its name."""
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key):
+            raise ValueError(f"{key} is not set; pass {key}=...{other_ways.get(key, '')}")
 
 
 def _split_flags(argv: list[str]) -> tuple[list[str], list[str]]:

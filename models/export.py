@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 from torch import Tensor
 
-from models.command import ANY, one_line_errors, prepare_command_line
+from models.command import ANY, one_line_errors, prepare_command_line, refuse_unset
 from models.config import read_json, read_model_config
 from models.lora import ADAPTER_CONFIG, load_adapter, merge, read_adapter_config
 from models.stream import pack
@@ -104,9 +104,7 @@ def export(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    for key in map(str, cfg):
-        if OmegaConf.is_missing(cfg, key):
-            raise ValueError(f"{key} is not set; pass {key}=...")
+    refuse_unset(cfg)
     if not cfg.export_dir:
         raise ValueError("export_dir='': name a directory")
     if not 0 < cfg.export_size < math.inf:
