@@ -10,8 +10,9 @@ another name and renamed when whole: a directory called checkpoint-N is complete
 """
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config import read_json
 from models.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_tensors, lora_layers, save_adapter
 from models.transformer import Transformer
 from models.weights import WEIGHTS, read_tensors, save_model, write_tensors
@@ -35,6 +37,26 @@ class TrainerState:
     good_steps: int
     window: dict[str, list[float]]
     """sums and counts of metrics since the last logged step."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_window(value: Any) -> bool:
+    numbers = (int, float)
+    return isinstance(value, dict) and all(
+        isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in numbers and _is_count(entry[1])
+        for entry in value.values()
+    )
+
+
+STATE_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "step": ("a whole number, at least 0", _is_count),
+    "loss_scale": ("a finite number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+    "good_steps": ("a whole number, at least 0", _is_count),
+    "window": ("a sum and a count for each metric", _is_window),
+}
 
 
 def save_result(policy: Transformer, target: Path, *, base_model: str, source_dir: Path, lora_dropout: float) -> None:
@@ -54,12 +76,7 @@ def save_checkpoint(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_result(policy, beside, **result)
-    tensors = {}
-    for name, parameter in trainable(policy).items():
-        for key in (*MOMENTS, "step"):
-            if key in optimizer.state[parameter]:
-                tensors[f"{name}.{key}"] = optimizer.state[parameter][key]
-    write_tensors(beside / OPTIMIZER, tensors)
+    write_tensors(beside / OPTIMIZER, optimizer_tensors(policy, optimizer))
     if objective:
         write_tensors(beside / OBJECTIVE, dict(objective))
     (beside / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
@@ -89,24 +106,57 @@ def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
 def load_checkpoint(
     source: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor]
 ) -> TrainerState:
-    """Put weights, optimiser and the objective's state back as they were; ValueError where they do not fit the run."""
-    parameters = trainable(policy)
-    weights = read_tensors(source / (ADAPTER_WEIGHTS if lora_layers(policy) else WEIGHTS))
-    moments = read_tensors(source / OPTIMIZER)
-    for name, parameter in parameters.items():
-        stored = weights.get(f"{PEFT_PREFIX}{name}.weight" if lora_layers(policy) else name)
-        if stored is None or stored.shape != parameter.shape:
-            raise ValueError(f"{source}: does not fit this run: {name} is missing or has another shape; same config?")
-        parameter.data.copy_(stored)
-        if f"{name}.{MOMENTS[0]}" in moments:
-            entries = {key: moments[f"{name}.{key}"] for key in (*MOMENTS, "step")}
-            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in entries.items()}
-    stored_objective = read_tensors(source / OBJECTIVE) if objective else {}
-    for name, tensor in objective.items():
-        if name not in stored_objective or stored_objective[name].shape != tensor.shape:
-            raise ValueError(f"{source / OBJECTIVE}: {name} is missing or has another shape; same config?")
-        tensor.copy_(stored_objective[name])
-    return TrainerState(**json.loads((source / STATE).read_text(encoding="utf-8")))
+    """Put weights, optimiser and the objective's state back as they were.
+
+    ValueError names the file that is damaged or not this run's; nothing is changed then.
+    """
+    adapted = bool(lora_layers(policy))
+    weights = {f"{PEFT_PREFIX}{name}.weight" if adapted else name: p.data for name, p in trainable(policy).items()}
+    targets = {ADAPTER_WEIGHTS if adapted else WEIGHTS: weights, OPTIMIZER: optimizer_tensors(policy, optimizer)}
+    if objective:
+        targets[OBJECTIVE] = dict(objective)
+    state = _read_state(source / STATE)
+    stored = {file: _read_exactly(source / file, tensors) for file, tensors in targets.items()}
+    for file, tensors in targets.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[file][name])
+    return state
+
+
+def optimizer_tensors(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step count of every trainable, by name: zeros, as AdamW begins, where it had no gradient."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable(policy).items():
+        state = optimizer.state[parameter]
+        if not state:
+            state |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        tensors |= {f"{name}.{key}": state[key] for key in (*MOMENTS, "step")}
+    return tensors
+
+
+def _read_exactly(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that must hold the expected ones, in name, shape and dtype, and no other."""
+    stored = read_tensors(path)
+    for name in sorted(expected.keys() | stored.keys()):
+        given, asked = (
+            f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "missing" for t in (stored, expected)
+        )
+        if given != asked:
+            fault = "is unexpected" if asked == "missing" else f"is {given}, expected {asked}"
+            raise ValueError(f"{path}: tensor {name:.200} {fault}; resume with the config that wrote it")
+    return stored
+
+
+def _read_state(path: Path) -> TrainerState:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.keys() != STATE_RULES.keys():
+        given = ", ".join(content)[:200] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected {', '.join(STATE_RULES)}, got {given or 'nothing'}; is it of this project?")
+    for key, (rule, holds) in STATE_RULES.items():
+        if not holds(content[key]):
+            raise ValueError(f"{path}: {key}={content[key]!r:.100} must be {rule}; name another checkpoint")
+    return TrainerState(**content)
 
 
 def trainable(policy: Transformer) -> dict[str, nn.Parameter]:
