@@ -7,6 +7,7 @@ Everything a user can get wrong is a ValueError of one sentence: what was given,
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -164,7 +165,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
-    "device": ((lambda value: value in ("auto", "cpu") or value.startswith("cuda")), "expected auto, cpu or cuda"),
+    "device": (re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "expected auto, cpu, cuda or cuda:N"),
     "logging_steps": AT_LEAST_1,
     "eval_strategy": _one_of("no", "steps", "epoch"),
     "eval_steps": AT_LEAST_1,

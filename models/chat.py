@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -70,8 +71,11 @@ ConfigStore.instance().store(name="chat_schema", node=ChatConfig)
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
         chat = Chat(cfg)
-        with packed(chat.model):
-            talk(chat)
+        try:
+            with packed(chat.model):
+                talk(chat)
+        except BrokenPipeError:  # whoever read has enough (`| head -1`), and Python is not to try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check(cfg: DictConfig) -> None:

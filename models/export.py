@@ -100,7 +100,7 @@ def export(cfg: DictConfig) -> None:
     save_model(model, target, source_dir=source, shard_bytes=cfg.export_size * 10**9)
     files = weight_files(target)
     size = sum(path.stat().st_size for path in files)
-    print(f"export: {target} ({size / 10**9:.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''})")
+    print(f"export: {target} ({size_of(size)} of weights in {len(files)} file{'s' if len(files) > 1 else ''})")
 
 
 def check(cfg: DictConfig) -> None:
@@ -141,9 +141,18 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def size_of(count: int) -> str:
+    """Bytes in the largest of GB, MB and kB that there is one of."""
+    unit, factor = next(((u, f) for u, f in (("GB", 10**9), ("MB", 10**6)) if count >= f), ("kB", 10**3))
+    return f"{count / factor:.2f} {unit}"
+
+
 def describe(cost: float, effect: float, dtype: str, tokens: int) -> str:
     """The measurement in a line: KL(adapted || written), and its share of KL(adapted || base)."""
-    share = f", {cost / effect:.1%} of the {effect:.1e} that the adapter does" if effect else ""
+    share = ""
+    if effect:
+        part = f"{cost / effect:.1%}" if cost / effect >= 0.0005 else "less than 0.1%"
+        share = f", {part} of the {effect:.1e} that the adapter does"
     line = f"rounding to {dtype} costs {cost:.1e} nats per token{share} (KL over {tokens} tokens of text)"
     if effect and cost > SHARE_TO_WARN_OF * effect:
         line = f"warning: {line}; infer_dtype=float32 keeps all of it, and so does serving the adapter unmerged"

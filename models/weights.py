@@ -5,6 +5,7 @@ read, so a checkpoint is in memory once. A file may come from a stranger: what i
 on, so that a bad one costs one error, not what it asks for. Left out: pytorch_model.bin (pickle) and quantised formats.
 """
 
+import difflib
 import functools
 import json
 import math
@@ -56,6 +57,11 @@ def resolve_model_dir(name_or_path: str) -> Path:
         return WORLD / "model"
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+            raise ValueError(
+                f"model_name_or_path={name_or_path}: is an adapter; pass adapter_name_or_path={name_or_path} and its "
+                "base as model_name_or_path"
+            )
         return path
     if path.is_absolute() or name_or_path.startswith(("./", "../", "~")) or name_or_path.count("/") > 1:
         raise ValueError(f"model_name_or_path={name_or_path}: no such directory")
@@ -65,8 +71,10 @@ def resolve_model_dir(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
     except Exception as error:  # the hub's client raises a family of types: offline, missing, gated, malformed name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "; did you mean world?" if difflib.get_close_matches(name_or_path, ["world"], cutoff=0.8) else ""
         raise ValueError(
             f"model_name_or_path={name_or_path}: no such directory, and the Hugging Face hub did not give it ({reason})"
+            + hint
         ) from None
 
 

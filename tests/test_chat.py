@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -376,6 +377,19 @@ def test_a_mistake_ends_the_program_with_one_line(monkeypatch, capsys):
         models.chat.main()
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "error: max_new_tokens=0: must be at least 1\n")
+
+
+def test_a_reader_that_has_enough_ends_the_chat_quietly(monkeypatch, capsys):
+    """`| head -1`: the pipe is closed at its other end. Nothing is said, now or when the program closes stdout."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["models.chat", "model_name_or_path=world", "max_new_tokens=4", "device=cpu"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{DOG}\n{SNAIL}\n"))
+    with monkeypatch.context() as patch, open(writer, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        models.chat.main()
+        print("more")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_llama_factory_file_and_a_pipe_give_answers_and_nothing_else(say, tmp_path):

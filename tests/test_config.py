@@ -271,7 +271,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "weight_decay": ([-0.1], [0.0]),
     "max_grad_norm": ([-1.0, float("nan")], [0.0]),
     "seed": ([-1], [0]),
-    "device": (["gpu", "mps", ""], ["auto", "cpu", "cuda", "cuda:1"]),
+    "device": (["gpu", "mps", "", "cudax", "cuda:", "cuda:x", "cpu:0"], ["auto", "cpu", "cuda", "cuda:1"]),
     "logging_steps": ([0], [1]),
     "eval_strategy": (["yes"], ["no", "steps", "epoch"]),
     "eval_steps": ([0], [1]),

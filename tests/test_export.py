@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import models.weights
 from models.command import expand_arguments
-from models.export import PROBE, ExportConfig, describe, export, log_probabilities, mean_kl
+from models.export import PROBE, ExportConfig, describe, export, log_probabilities, mean_kl, size_of
 from models.lora import adapter_tensors, inject_lora, load_adapter, save_adapter
 from models.stream import pack
 from models.tokenizer import Tokenizer
@@ -246,9 +246,16 @@ def test_log_probabilities_are_of_the_next_token(untied):
     torch.testing.assert_close(ours_TV, their_logits(untied).double().log_softmax(-1), rtol=0, atol=1e-4)
 
 
+def test_a_size_is_shown_in_a_unit_that_shows_something():
+    sizes = {1_230: "1.23 kB", 456_000: "456.00 kB", 1_000_000: "1.00 MB", 269_060_552: "269.06 MB", 10**9: "1.00 GB"}
+    assert {size: size_of(size) for size in sizes} == sizes
+
+
 def test_the_line_says_the_cost_its_share_and_warns_where_it_is_large():
     line = "rounding to bfloat16 costs 1.0e-06 nats per token, 0.1% of the 1.0e-03 that the adapter does (KL over 9 "
     assert describe(1e-6, 1e-3, "bfloat16", 9) == line + "tokens of text)"
+    assert ", 0.1% of the" in describe(6e-7, 1e-3, "bfloat16", 9)
+    assert ", less than 0.1% of the 1.0e-03 that" in describe(4e-7, 1e-3, "bfloat16", 9)
     line = "warning: rounding to bfloat16 costs 2.0e-04 nats per token, 20.0% of the 1.0e-03"
     assert describe(2e-4, 1e-3, "bfloat16", 9).startswith(line)
     line = "rounding to float16 costs 2.0e-04 nats per token (KL over 9 tokens of text)"
@@ -306,7 +313,8 @@ export_legacy_format: false
     note, cost, written = done.stdout.splitlines()
     assert note.endswith("left out: template, finetuning_type, export_device, export_legacy_format")
     assert cost.startswith("rounding to float32 costs ")
-    assert written == f"export: {tmp_path / 'out'} (0.00 GB of weights in 1 file)"
+    size = f"{weight_files(tmp_path / 'out')[0].stat().st_size / 1000:.2f} kB"
+    assert written == f"export: {tmp_path / 'out'} ({size} of weights in 1 file)"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 800
 
 

@@ -484,6 +484,29 @@ def test_a_missing_path_is_refused_without_asking_the_hub(name, monkeypatch):
         resolve_model_dir(name)
 
 
+def test_an_adapter_is_no_model_and_is_said_to_be_one(tmp_path):
+    """Beside a model, whole or in shards, its file changes nothing."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    way_out = re.escape(f"pass adapter_name_or_path={tmp_path} and its base as model_name_or_path")
+    with pytest.raises(ValueError, match=f"^model_name_or_path={tmp_path}: is an adapter; {way_out}$"):
+        resolve_model_dir(str(tmp_path))
+    for weights in ("model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / weights).touch()
+        assert resolve_model_dir(str(tmp_path)) == tmp_path
+        (tmp_path / weights).unlink()
+
+
+@pytest.mark.parametrize(("name", "hinted"), [("wrld", True), ("World", True), ("gpt2", False), ("org/world", False)])
+def test_a_name_close_to_world_that_the_hub_does_not_have_is_hinted_at(monkeypatch, name, hinted):
+    def refuse(*_, **__):
+        raise OSError("not found")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    end = r"\(not found\)" + ("; did you mean world\\?" if hinted else "")
+    with pytest.raises(ValueError, match=f"^model_name_or_path={name}: no such directory, .*{end}$"):
+        resolve_model_dir(name)
+
+
 def test_the_hub_is_asked_for_safetensors_and_text_alone(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda n, **kw: asked.update(name=n, **kw) or tmp_path)
