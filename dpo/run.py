@@ -54,9 +54,10 @@ def check_resume(path: Path, cfg: DictConfig) -> None:
     saved = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
     assert isinstance(saved, dict)
     for key in map(str, cfg):
-        if key not in FREE_ON_RESUME and saved.get(key) != cfg[key]:
+        # A key that the run does not know is younger than the run.
+        if key not in FREE_ON_RESUME and key in saved and saved[key] != cfg[key]:
             raise ValueError(
-                f"{key}={cfg[key]}: the run in {path} was made with {key}={saved.get(key)}; resume with the same "
+                f"{key}={cfg[key]}: the run in {path} was made with {key}={saved[key]}; resume with the same "
                 "config, or name another output_dir"
             )
 

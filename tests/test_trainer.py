@@ -406,6 +406,9 @@ def test_a_resume_with_another_config_is_refused(tmp_path):
     train(config(tmp_path, "save_steps=2"))
     with pytest.raises(ValueError, match=r"pref_beta=0.5: the run in .* was made with pref_beta=1.0"):
         train(config(tmp_path, "save_steps=2", "resume_from_checkpoint=true", "pref_beta=0.5"))
+    saved = tmp_path / "config.yaml"
+    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "pref_beta" not in line))
+    train(config(tmp_path, "save_steps=2", "resume_from_checkpoint=true"))  # saved before that key existed
 
 
 def test_a_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
