@@ -4,7 +4,8 @@
 
 The terms are off by default. They change the log-ratios that the losses on the margin see:
 
-    f-divergence    a' = f(a), b' = f(b)                    Wang et al. 2023, arXiv:2309.16240, Tab. 1
+    f-divergence    a' = f(a), b' = f(b)                    Wang et al. 2023, arXiv:2309.16240, Tab. 1; chi-PO: Huang
+                                                            et al. 2024, arXiv:2407.13399, phi(u) = u + log u
     DPOP            a' = a - dpop_lambda max(0, -a)         Pal et al. 2024, arXiv:2402.13228, Eq. 3
     R-DPO           a' = a + len_reg_alpha |y_w| / beta     Park et al. 2024, arXiv:2403.19159, Eq. 9; b' likewise
     ODPO            a' = a - margin / beta                  Amini et al. 2024, arXiv:2402.10571, Eq. 3; the row's margin
@@ -77,6 +78,8 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda a, alpha: a,
     "forward_kl": lambda a, alpha: -(-a).expm1(),
     "js_divergence": lambda a, alpha: F.logsigmoid(a) + math.log(2),
+    # log u + u - 1, of KL plus half of chi-squared (chi-PO). Beyond 20 nats u stays exp(20), so that it is finite.
+    "chi_squared_kl": lambda a, alpha: a + a.clamp(max=20).expm1(),
     # (u^(alpha - 1) - 1) / (alpha - 1): reverse KL as alpha -> 1, forward KL at 0. Old TRL's coefficient is 1 - alpha.
     "alpha_divergence": lambda a, alpha: ((alpha - 1) * a).expm1() / (alpha - 1),
 }

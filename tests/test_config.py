@@ -173,7 +173,7 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
             assert not torch.equal(preference_loss_of(changed(cfg, **{key: value * 0.7}))(pairs), result), key
-    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "mpo")
+    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "chipo", "mpo")
 
 
 def test_every_loss_but_the_auxiliary_one_has_its_file():

@@ -108,6 +108,7 @@ def test_in_a_combination_a_term_reaches_only_the_losses_that_read_it():
 # --- f-divergences ---
 
 DIVERGENCES = [("reverse_kl", 0.5, 1.0), ("forward_kl", 0.5, 1.0), ("js_divergence", 0.5, 0.5)]
+DIVERGENCES += [("chi_squared_kl", 0.5, 2.0)]
 DIVERGENCES += [("alpha_divergence", alpha, 1.0) for alpha in (-1.0, 0.0, 0.5, 2.0)]
 
 
@@ -121,10 +122,25 @@ def test_a_divergence_is_0_at_0_with_a_known_slope_and_rises(name, alpha, slope)
 
 
 def test_divergences_by_hand():
-    """At u = 4: log u, 1 - 1/u, log(2u / (1 + u)) and, for alpha = 1/2, 2 - 2/sqrt(u)."""
+    """At u = 4: log u, 1 - 1/u, log(2u / (1 + u)), log u + u - 1 and, for alpha = 1/2, 2 - 2/sqrt(u)."""
     a_B = torch.tensor([4.0], dtype=torch.float64).log()
-    expected = {"reverse_kl": math.log(4), "forward_kl": 0.75, "js_divergence": math.log(1.6), "alpha_divergence": 1.0}
+    expected = {
+        "reverse_kl": math.log(4), "forward_kl": 0.75, "js_divergence": math.log(1.6),
+        "chi_squared_kl": math.log(4) + 3, "alpha_divergence": 1.0,
+    }  # fmt: skip
     assert {name: f(a_B, 0.5).item() for name, f in F_DIVERGENCES.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chi_pos_link_rises_and_stays_finite_at_ten_thousand_nats(dtype):
+    """exp(1e4) overflows even float64. Beyond 20 nats it rises as the KL's link does, with slope 1."""
+    a_B = torch.tensor([-1e4, -5.0, 3.0, 20.0, 30.0, 1e4], dtype=dtype, requires_grad=True)
+    f_B = F_DIVERGENCES["chi_squared_kl"](a_B, 0.5)
+    (slope_B,) = torch.autograd.grad(f_B.sum(), a_B)
+    assert f_B.isfinite().all() and (f_B.diff() >= 0).all()
+    assert slope_B[[0, 4, 5]].tolist() == [1, 1, 1] and slope_B[2].item() == pytest.approx(1 + math.exp(3))
+    losses = built("sigmoid", f_divergence_type="chi_squared_kl")(some_pairs(rejected_logratios=[1e4, -1e4, 30.0]))
+    assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize(("alpha", "limit"), [(1 - 1e-7, "reverse_kl"), (0.0, "forward_kl")])
