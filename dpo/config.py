@@ -54,6 +54,7 @@ class TrainConfig:
     ld_alpha: float | None = MISSING
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
+    dr_dpo_beta: float | None = MISSING
     dataset: str = MISSING
     eval_dataset: str | None = MISSING
     dataset_dir: str = MISSING
@@ -116,6 +117,7 @@ class EvalConfig:
     ld_alpha: float | None = MISSING
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
+    dr_dpo_beta: float | None = MISSING
     eval_dataset: str = MISSING
     dataset_dir: str = MISSING
     cutoff_len: int = MISSING
@@ -138,7 +140,10 @@ NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 POSITIVE = (lambda value: value > 0), "must be above 0"
 SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 # Fields of PreferenceLoss that are config keys of the same name.
-TERM_KEYS = ("pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
+TERM_KEYS = (
+    "pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "dr_dpo_beta",
+)  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),
     "stage": _one_of("dpo", "sft"),
@@ -154,6 +159,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "ld_alpha": ((lambda value: 0 <= value <= 1), "must be between 0 and 1, which is null"),
     "f_divergence_type": _one_of(*F_DIVERGENCES),
     "f_alpha_divergence_coef": ((lambda value: value != 1), "must not be 1, where it is reverse_kl: choose that"),
+    "dr_dpo_beta": POSITIVE,
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,

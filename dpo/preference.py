@@ -13,7 +13,7 @@ The terms are off by default. They change the log-ratios that the losses on the 
 and, for every loss, LD-DPO (Liu et al. 2024, arXiv:2409.06411, Eq. 10): tokens beyond the length of the pair's shorter
 response count ld_alpha times, in policy and reference alike (LLaMA-Factory weighs the policy alone, so its log-ratios
 do not start at 0). R-DPO's sign is the one that its derivation gives: a reward less alpha |y| has the log-ratio
-(r - alpha |y|) / beta.
+(r - alpha |y|) / beta. dpo.dr_dpo puts another mean over the batch in place of the plain one.
 
 What is set and read by none of the chosen losses is refused: an option that is ignored trains something else.
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dpo.coupled import Measured
 from dpo.data import Encoded
+from dpo.dr_dpo import dr_dpo_loss
 from dpo.logprobs import sum_over_responses, token_logps
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
 from dpo.metrics import preference_metrics
@@ -100,6 +101,7 @@ class PreferenceLoss:
     ld_alpha: float = 1.0
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = ALPHA
+    dr_dpo_beta: float | None = None
 
     @property
     def beta(self) -> float:
@@ -107,7 +109,7 @@ class PreferenceLoss:
 
     @property
     def couples(self) -> bool:
-        return any(loss.couples for loss, _ in self.losses)
+        return any(loss.couples for loss, _ in self.losses) or self.dr_dpo_beta is not None
 
     @property
     def needs_reference(self) -> bool:
@@ -117,7 +119,9 @@ class PreferenceLoss:
         total = sum(weight * self._one(loss, pairs) for loss, weight in self.losses)
         if self.pref_ftx:
             total = total - self.pref_ftx * pairs.chosen_logps / pairs.chosen_lengths
-        return pairs.weight * total
+        total = pairs.weight * total
+        # The mean of equal entries is the batch's loss.
+        return total if self.dr_dpo_beta is None else dr_dpo_loss(total, dr_dpo_beta=self.dr_dpo_beta).expand_as(total)
 
     def _one(self, loss: PrefLoss, pairs: Pairs) -> Tensor:
         chosen_ratios, rejected_ratios = pairs.chosen_logratios, pairs.rejected_logratios
@@ -208,6 +212,12 @@ def preference_loss(
     smoothing = options["label_smoothing"]
     if "exo_pair" in names and not smoothing:
         raise ValueError("dpo_label_smoothing=0: exo_pair takes its logarithm; the paper's is 1e-3 (loss=exo_pair)")
+    coupling = [name for name in names if PREF_LOSSES[name].couples]
+    if terms.get("dr_dpo_beta") is not None and coupling:
+        raise ValueError(
+            f"dr_dpo_beta={terms['dr_dpo_beta']}: with {','.join(coupling)} a pair has no loss of its own to weigh; "
+            "leave it at null or choose another loss"
+        )
     return PreferenceLoss(tuple(zip(losses, weights or [1.0] * len(losses), strict=True)), dict(options), **terms)
 
 
@@ -238,14 +248,17 @@ class PreferenceObjective:
             "soft_label": (None, any("label_smoothing" in loss.options and not loss.couples for loss in losses)),
         }
         names = [name for name, loss in PREF_LOSSES.items() if loss in losses]
+        chosen = f"pref_loss={','.join(names)}"
+        if self.loss.dr_dpo_beta is not None:
+            chosen += f" with dr_dpo_beta={self.loss.dr_dpo_beta}"
         infinite_at = {label for name in names for label in INFINITE_AT.get(name, ())}
         for row in rows:
             for key, (off, can) in honoured.items():
                 value = getattr(row.example, key)
                 if (value != off and not can) or (key == "soft_label" and value in infinite_at):
                     raise ValueError(
-                        f"{row.example.source}: {key}={value}: pref_loss={','.join(names)} cannot honour it; remove it "
-                        "from the rows or choose another loss"
+                        f"{row.example.source}: {key}={value}: {chosen} cannot honour it; remove it from the "
+                        "rows or choose another loss"
                     )
 
     def units(self, rows: Sequence[Encoded]) -> int:

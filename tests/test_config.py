@@ -173,7 +173,7 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
             assert not torch.equal(preference_loss_of(changed(cfg, **{key: value * 0.7}))(pairs), result), key
-    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "chipo", "mpo")
+    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "chipo", "dr_dpo", "mpo")
 
 
 def test_every_loss_but_the_auxiliary_one_has_its_file():
@@ -229,6 +229,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "ld_alpha": ([-0.1, 1.1, float("nan")], [0.0, 1.0, None]),
     "f_divergence_type": (["kl", ""], list(F_DIVERGENCES)),
     "f_alpha_divergence_coef": ([1.0, float("nan")], [-1.0, 0.0, 2.0]),
+    "dr_dpo_beta": ([0.0, -1.0, float("inf")], [1e-9, None]),
     "lora_rank": ([0, -8], [1]),
     "lora_alpha": ([0.0, -1.0], [0.5, None]),
     "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
@@ -304,6 +305,7 @@ def test_every_key_reaches_the_loss(request, command):
         "pref_loss": ["sigmoid", "discopop", "simpo"], "pref_beta": 0.7, "dpo_label_smoothing": 0.1,
         "discopop_tau": 0.2, "simpo_gamma": 0.3, "pref_ftx": 0.4, "dpop_lambda": 5.0, "len_reg_alpha": 0.6,
         "ld_alpha": 0.8, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9,
+        "dr_dpo_beta": 1.1,
     }  # fmt: skip
     loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
     assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]

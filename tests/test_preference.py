@@ -303,6 +303,7 @@ REFUSED = [
     (["sigmoid"], {}, {"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: not read by f_divergence_type"),
     (["exo_pair"], {"label_smoothing": 0.0}, {}, "dpo_label_smoothing=0: exo_pair takes its logarithm"),
     (["sigmoid", "kto"], {}, {}, "pref_loss=sigmoid,kto: expected one or several of sigmoid, robust, hinge"),
+    (["sigmoid", "aot"], {}, {"dr_dpo_beta": 1.0}, "dr_dpo_beta=1.0: with aot a pair has no loss of its own to weigh"),
     ([], {}, {}, "pref_loss=: expected one or several of sigmoid"),
 ]  # fmt: skip
 
@@ -351,6 +352,11 @@ def test_a_row_that_the_losses_cannot_honour_is_named(names, key, value):
     with pytest.raises(ValueError) as caught:
         PreferenceObjective(built(*names), None).check(rows)
     assert str(caught.value).startswith(f"rows.jsonl:2: {key}={value}: pref_loss={','.join(names)} cannot honour it")
+
+
+def test_a_rows_weight_is_not_honoured_by_a_mean_that_would_take_it_for_a_good_fit():
+    with pytest.raises(ValueError, match=r"weight=0\.5: pref_loss=sigmoid with dr_dpo_beta=1\.0 cannot honour it"):
+        PreferenceObjective(built("sigmoid", dr_dpo_beta=1.0), None).check(rows_of(([3], [4]), weight=0.5))
 
 
 HONOURED = [(["hinge"], "weight", 0.5), (["hinge"], "margin", 1.0), (["sigmoid", "aot"], "soft_label", 0.5),

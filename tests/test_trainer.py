@@ -128,6 +128,7 @@ OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
                                          ld_alpha=0.5, f_divergence_type="js_divergence"),
     "coupled terms": lambda policy: objective_of(policy, ["sigmoid", "aot"], pref_ftx=0.5, dpop_lambda=2.0,
                                                  ld_alpha=0.5),
+    "dr_dpo": lambda policy: objective_of(policy, ["sigmoid"], pref_ftx=0.5, dr_dpo_beta=0.5),
     "stage=sft": lambda policy: SFTObjective(),
 }  # fmt: skip
 
@@ -163,7 +164,7 @@ def as_if(couples: bool, name: str) -> Callable[[Transformer], Objective]:
     return build
 
 
-@pytest.mark.parametrize("name", [name for name, loss in PREF_LOSSES.items() if loss.couples])
+@pytest.mark.parametrize("name", [*(name for name, loss in PREF_LOSSES.items() if loss.couples), "dr_dpo"])
 def test_a_coupled_loss_would_show_the_cut_if_each_micro_batch_were_on_its_own(name):
     """So that the test above can fail."""
     whole, alone = (three_updates(random_rows(8), (2, 4), build) for build in (OBJECTIVES[name], as_if(False, name)))
@@ -182,7 +183,7 @@ def test_the_coupled_path_is_the_plain_one_for_a_loss_that_does_not_couple(dropo
 
 def test_an_evaluation_of_a_coupled_loss_is_of_all_rows_at_once():
     policy, rows = small_model(0), random_rows(7)
-    for name in ("aot", "aot_unpaired", "kto_pair", "sft", "combination"):
+    for name in ("aot", "aot_unpaired", "kto_pair", "sft", "combination", "dr_dpo"):
         metrics = [evaluate(policy, OBJECTIVES[name](policy), rows, size) for size in (7, 3, 1)]
         for other in metrics[1:]:
             assert other | {"eval_runtime": 0} == pytest.approx(metrics[0] | {"eval_runtime": 0}, rel=1e-9)
