@@ -55,6 +55,7 @@ class TrainConfig:
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
     dr_dpo_beta: float | None = MISSING
+    beta_dpo_alpha: float = MISSING
     dataset: str = MISSING
     eval_dataset: str | None = MISSING
     dataset_dir: str = MISSING
@@ -118,6 +119,7 @@ class EvalConfig:
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
     dr_dpo_beta: float | None = MISSING
+    beta_dpo_alpha: float = MISSING
     eval_dataset: str = MISSING
     dataset_dir: str = MISSING
     cutoff_len: int = MISSING
@@ -142,7 +144,7 @@ SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 # Fields of PreferenceLoss that are config keys of the same name.
 TERM_KEYS = (
     "pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
-    "dr_dpo_beta",
+    "dr_dpo_beta", "beta_dpo_alpha",
 )  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),
@@ -160,6 +162,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "f_divergence_type": _one_of(*F_DIVERGENCES),
     "f_alpha_divergence_coef": ((lambda value: value != 1), "must not be 1, where it is reverse_kl: choose that"),
     "dr_dpo_beta": POSITIVE,
+    "beta_dpo_alpha": NOT_NEGATIVE,
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,

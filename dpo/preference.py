@@ -13,7 +13,8 @@ The terms are off by default. They change the log-ratios that the losses on the 
 and, for every loss, LD-DPO (Liu et al. 2024, arXiv:2409.06411, Eq. 10): tokens beyond the length of the pair's shorter
 response count ld_alpha times, in policy and reference alike (LLaMA-Factory weighs the policy alone, so its log-ratios
 do not start at 0). R-DPO's sign is the one that its derivation gives: a reward less alpha |y| has the log-ratio
-(r - alpha |y|) / beta. dpo.dr_dpo puts another mean over the batch in place of the plain one.
+(r - alpha |y|) / beta. dpo.dr_dpo puts another mean over the batch in place of the plain one, dpo.beta_dpo another
+beta for each batch in place of the losses' on the summed margin.
 
 What is set and read by none of the chosen losses is refused: an option that is ignored trains something else.
 
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.beta_dpo import DynamicBeta
 from dpo.coupled import Measured
 from dpo.data import Encoded
 from dpo.dr_dpo import dr_dpo_loss
@@ -87,6 +89,10 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 ALPHA = 0.5  # where f_alpha_divergence_coef is when nothing is said
 
 
+def on_summed_margin(loss: PrefLoss) -> bool:
+    return loss.on_margin and not loss.per_token
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """Pairs -> (B,) losses. Built by `preference_loss`, which checks that every option is read."""
@@ -102,6 +108,7 @@ class PreferenceLoss:
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = ALPHA
     dr_dpo_beta: float | None = None
+    beta_dpo_alpha: float = 0.0
 
     @property
     def beta(self) -> float:
@@ -109,24 +116,27 @@ class PreferenceLoss:
 
     @property
     def couples(self) -> bool:
-        return any(loss.couples for loss, _ in self.losses) or self.dr_dpo_beta is not None
+        coupling_terms = self.dr_dpo_beta is not None or self.beta_dpo_alpha
+        return bool(coupling_terms) or any(loss.couples for loss, _ in self.losses)
 
     @property
     def needs_reference(self) -> bool:
         return any(loss.needs_reference for loss, _ in self.losses)
 
-    def __call__(self, pairs: Pairs) -> Tensor:
-        total = sum(weight * self._one(loss, pairs) for loss, weight in self.losses)
+    def __call__(self, pairs: Pairs, margin_beta: Tensor | None = None) -> Tensor:
+        """(B,) losses; margin_beta: what stands for beta in the losses on the summed margin; None: beta does."""
+        total = sum(weight * self._one(loss, pairs, margin_beta) for loss, weight in self.losses)
         if self.pref_ftx:
             total = total - self.pref_ftx * pairs.chosen_logps / pairs.chosen_lengths
         total = pairs.weight * total
         # The mean of equal entries is the batch's loss.
         return total if self.dr_dpo_beta is None else dr_dpo_loss(total, dr_dpo_beta=self.dr_dpo_beta).expand_as(total)
 
-    def _one(self, loss: PrefLoss, pairs: Pairs) -> Tensor:
+    def _one(self, loss: PrefLoss, pairs: Pairs, margin_beta: Tensor | None) -> Tensor:
+        beta = self.beta if margin_beta is None or not on_summed_margin(loss) else margin_beta
         chosen_ratios, rejected_ratios = pairs.chosen_logratios, pairs.rejected_logratios
         if loss.on_margin:
-            chosen_ratios, rejected_ratios = self._with_terms(pairs, loss.per_token)
+            chosen_ratios, rejected_ratios = self._with_terms(pairs, loss.per_token, beta)
         quantities = {
             "chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps,
             "chosen_ref_logps": (pairs.chosen_logps - pairs.chosen_logratios).detach(),
@@ -139,13 +149,15 @@ class PreferenceLoss:
             "mean_chosen_length": pairs.mean_chosen_length,
         }  # fmt: skip
         options: dict[str, float | Tensor] = {name: self.options[name] for name in loss.options}
+        if "beta" in options:
+            options["beta"] = beta
         if "label_smoothing" in options and not loss.couples:
             # A row's own label stands before the rate of wrong labels that holds for all.
             smoothing = torch.full_like(pairs.soft_label, float(options["label_smoothing"]))
             options["label_smoothing"] = torch.where(pairs.soft_label.isnan(), smoothing, 1 - pairs.soft_label)
         return loss.function(*(quantities[name] for name in loss.reads), **options)
 
-    def _with_terms(self, pairs: Pairs, per_token: bool) -> tuple[Tensor, Tensor]:
+    def _with_terms(self, pairs: Pairs, per_token: bool, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         """(a', b') of the module's docstring; a loss on means per token takes the f-divergence alone."""
         f = F_DIVERGENCES[self.f_divergence_type]
         chosen, rejected = (
@@ -156,9 +168,9 @@ class PreferenceLoss:
         if self.dpop_lambda:
             chosen = chosen - self.dpop_lambda * F.relu(-pairs.chosen_logratios)
         if self.len_reg_alpha:
-            chosen = chosen + self.len_reg_alpha * pairs.chosen_lengths / self.beta
-            rejected = rejected + self.len_reg_alpha * pairs.rejected_lengths / self.beta
-        return chosen - pairs.margin / self.beta, rejected
+            chosen = chosen + self.len_reg_alpha * pairs.chosen_lengths / beta
+            rejected = rejected + self.len_reg_alpha * pairs.rejected_lengths / beta
+        return chosen - pairs.margin / beta, rejected
 
     def start(self) -> float | None:
         """The loss of a pair where policy equals reference, in closed form; None where it depends on the pair."""
@@ -174,8 +186,9 @@ class PreferenceLoss:
 
 TERMS: dict[str, tuple[object, Callable[[PrefLoss], bool], str]] = {
     # config key: (where it is off, the losses that can read it, what they have in common)
-    "dpop_lambda": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
-    "len_reg_alpha": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
+    "dpop_lambda": (0.0, on_summed_margin, "losses on the summed margin"),
+    "len_reg_alpha": (0.0, on_summed_margin, "losses on the summed margin"),
+    "beta_dpo_alpha": (0.0, on_summed_margin, "losses on the summed margin"),
     "f_divergence_type": ("reverse_kl", lambda loss: loss.on_margin, "losses on the margin"),
 }
 
@@ -231,20 +244,23 @@ class PreferenceObjective:
     def __init__(self, loss: PreferenceLoss, reference: Reference | None):
         """reference: None where no loss compares with one."""
         self.loss, self.reference, self.couples = loss, reference, loss.couples
+        alpha = loss.beta_dpo_alpha
+        self.dynamic_beta = DynamicBeta(beta=loss.beta, alpha=alpha) if alpha else None
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        return {}
+        return {} if self.dynamic_beta is None else {"running_margin": self.dynamic_beta.running_margin}
 
     def updated(self, step: int) -> None:
-        pass
+        if self.dynamic_beta is not None:
+            self.dynamic_beta.updated()
 
     def check(self, rows: Sequence[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""
         losses = [loss for loss, _ in self.loss.losses]
         honoured = {
-            "weight": (1.0, not self.couples),
-            "margin": (0.0, any(loss.on_margin and not loss.per_token for loss in losses)),
+            "weight": (1.0, self.loss.dr_dpo_beta is None and not any(loss.couples for loss in losses)),
+            "margin": (0.0, any(map(on_summed_margin, losses))),
             "soft_label": (None, any("label_smoothing" in loss.options and not loss.couples for loss in losses)),
         }
         names = [name for name, loss in PREF_LOSSES.items() if loss in losses]
@@ -294,13 +310,20 @@ class PreferenceObjective:
         )
 
     def losses(self, pairs: Pairs) -> Tensor:
-        return self.loss(pairs)
+        return self.loss(pairs, self._margin_beta(pairs))
+
+    def _margin_beta(self, pairs: Pairs) -> Tensor | None:
+        if self.dynamic_beta is None:
+            return None
+        return self.dynamic_beta(pairs.chosen_logratios, pairs.rejected_logratios)
 
     def metrics(self, pairs: Pairs, losses: Tensor) -> dict[str, Tensor]:
         chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
         if self.reference is None and any(loss.per_token for loss, _ in self.loss.losses):
             # Without a reference the reward is beta log pi, and of a loss on means, beta times the mean.
             chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
-        return {"loss": losses} | preference_metrics(
+        metrics = {"loss": losses} | preference_metrics(
             pairs.chosen_logps, pairs.rejected_logps, chosen, rejected, beta=self.loss.beta
         )
+        beta = self._margin_beta(pairs)
+        return metrics if beta is None else metrics | {"beta": beta.expand_as(losses)}

@@ -16,7 +16,7 @@ import train  # noqa: F401
 from dpo.config import RULES, TERM_KEYS, EvalConfig, TrainConfig, check, preference_loss_of
 from dpo.losses import OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
-from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss
+from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss, PreferenceObjective
 from models.template import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
@@ -168,12 +168,13 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
     cfg = composed("config", f"loss={path.stem}")
     check(cfg)
     pairs = some_pairs()
-    result = preference_loss_of(cfg)(pairs)
+    losses = lambda cfg: PreferenceObjective(preference_loss_of(cfg), reference=None).losses(pairs)
+    result = losses(cfg)
     assert result.isfinite().all() and result.shape == (3,)
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
-            assert not torch.equal(preference_loss_of(changed(cfg, **{key: value * 0.7}))(pairs), result), key
-    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "chipo", "dr_dpo", "mpo")
+            assert not torch.equal(losses(changed(cfg, **{key: value * 0.7})), result), key
+    assert path.stem in PREF_LOSSES or path.stem in ("beta_dpo", "cdpo", "chipo", "dr_dpo", "mpo")
 
 
 def test_every_loss_but_the_auxiliary_one_has_its_file():
@@ -230,6 +231,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "f_divergence_type": (["kl", ""], list(F_DIVERGENCES)),
     "f_alpha_divergence_coef": ([1.0, float("nan")], [-1.0, 0.0, 2.0]),
     "dr_dpo_beta": ([0.0, -1.0, float("inf")], [1e-9, None]),
+    "beta_dpo_alpha": ([-0.1, float("nan")], [0.0, 0.6]),
     "lora_rank": ([0, -8], [1]),
     "lora_alpha": ([0.0, -1.0], [0.5, None]),
     "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
@@ -305,7 +307,7 @@ def test_every_key_reaches_the_loss(request, command):
         "pref_loss": ["sigmoid", "discopop", "simpo"], "pref_beta": 0.7, "dpo_label_smoothing": 0.1,
         "discopop_tau": 0.2, "simpo_gamma": 0.3, "pref_ftx": 0.4, "dpop_lambda": 5.0, "len_reg_alpha": 0.6,
         "ld_alpha": 0.8, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9,
-        "dr_dpo_beta": 1.1,
+        "dr_dpo_beta": 1.1, "beta_dpo_alpha": 1.2,
     }  # fmt: skip
     loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
     assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]

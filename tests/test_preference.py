@@ -303,6 +303,7 @@ REFUSED = [
     (["sigmoid"], {}, {"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: not read by f_divergence_type"),
     (["exo_pair"], {"label_smoothing": 0.0}, {}, "dpo_label_smoothing=0: exo_pair takes its logarithm"),
     (["sigmoid", "kto"], {}, {}, "pref_loss=sigmoid,kto: expected one or several of sigmoid, robust, hinge"),
+    (["ipo"], {}, {"beta_dpo_alpha": 0.6}, "beta_dpo_alpha=0.6: not read by pref_loss=ipo, but by losses on the sum"),
     (["sigmoid", "aot"], {}, {"dr_dpo_beta": 1.0}, "dr_dpo_beta=1.0: with aot a pair has no loss of its own to weigh"),
     ([], {}, {}, "pref_loss=: expected one or several of sigmoid"),
 ]  # fmt: skip
