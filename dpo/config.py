@@ -56,6 +56,7 @@ class TrainConfig:
     f_alpha_divergence_coef: float = MISSING
     dr_dpo_beta: float | None = MISSING
     beta_dpo_alpha: float = MISSING
+    use_weighting: bool = MISSING
     dataset: str = MISSING
     eval_dataset: str | None = MISSING
     dataset_dir: str = MISSING
@@ -120,6 +121,7 @@ class EvalConfig:
     f_alpha_divergence_coef: float = MISSING
     dr_dpo_beta: float | None = MISSING
     beta_dpo_alpha: float = MISSING
+    use_weighting: bool = MISSING
     eval_dataset: str = MISSING
     dataset_dir: str = MISSING
     cutoff_len: int = MISSING
@@ -144,7 +146,7 @@ SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 # Fields of PreferenceLoss that are config keys of the same name.
 TERM_KEYS = (
     "pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
-    "dr_dpo_beta", "beta_dpo_alpha",
+    "dr_dpo_beta", "beta_dpo_alpha", "use_weighting",
 )  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),

@@ -14,7 +14,7 @@ and, for every loss, LD-DPO (Liu et al. 2024, arXiv:2409.06411, Eq. 10): tokens 
 response count ld_alpha times, in policy and reference alike (LLaMA-Factory weighs the policy alone, so its log-ratios
 do not start at 0). R-DPO's sign is the one that its derivation gives: a reward less alpha |y| has the log-ratio
 (r - alpha |y|) / beta. dpo.dr_dpo puts another mean over the batch in place of the plain one, dpo.beta_dpo another
-beta for each batch in place of the losses' on the summed margin.
+beta for each batch in place of the losses' on the summed margin, and dpo.wpo weighs pairs.
 
 What is set and read by none of the chosen losses is refused: an option that is ignored trains something else.
 
@@ -34,10 +34,11 @@ from dpo.beta_dpo import DynamicBeta
 from dpo.coupled import Measured
 from dpo.data import Encoded
 from dpo.dr_dpo import dr_dpo_loss
-from dpo.logprobs import sum_over_responses, token_logps
+from dpo.logprobs import sum_over_responses, token_logps, token_logps_and_log_sum_sq
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
 from dpo.metrics import preference_metrics
 from dpo.reference import Reference
+from dpo.wpo import wpo_weights
 from models.stream import Stream
 from models.transformer import Transformer
 
@@ -58,7 +59,7 @@ class Pairs(Measured):
     mean_chosen_length: Tensor
     """tokens of a chosen response, the mean over the logical batch, repeated for every pair."""
     weight: Tensor
-    """what the pair's loss is multiplied by; 1 where the row says nothing."""
+    """what the pair's loss is multiplied by: the row's weight, 1 where it says nothing, and WPO's."""
     margin: Tensor
     """by how much the chosen reward shall exceed the rejected one (ODPO); 0 where the row says nothing."""
     soft_label: Tensor
@@ -109,6 +110,7 @@ class PreferenceLoss:
     f_alpha_divergence_coef: float = ALPHA
     dr_dpo_beta: float | None = None
     beta_dpo_alpha: float = 0.0
+    use_weighting: bool = False
 
     @property
     def beta(self) -> float:
@@ -174,7 +176,7 @@ class PreferenceLoss:
 
     def start(self) -> float | None:
         """The loss of a pair where policy equals reference, in closed form; None where it depends on the pair."""
-        terms_at_zero = not (self.pref_ftx or self.len_reg_alpha)
+        terms_at_zero = not (self.pref_ftx or self.len_reg_alpha or self.use_weighting)
         if not terms_at_zero or any(loss.start is None for loss, _ in self.losses):
             return None
         return math.fsum(
@@ -226,10 +228,15 @@ def preference_loss(
     if "exo_pair" in names and not smoothing:
         raise ValueError("dpo_label_smoothing=0: exo_pair takes its logarithm; the paper's is 1e-3 (loss=exo_pair)")
     coupling = [name for name in names if PREF_LOSSES[name].couples]
-    if terms.get("dr_dpo_beta") is not None and coupling:
+    weighing = [f"{key}={terms[key]}" for key in ("dr_dpo_beta", "use_weighting") if terms.get(key)]
+    if weighing and coupling:
         raise ValueError(
-            f"dr_dpo_beta={terms['dr_dpo_beta']}: with {','.join(coupling)} a pair has no loss of its own to weigh; "
-            "leave it at null or choose another loss"
+            f"{weighing[0]}: with {','.join(coupling)} a pair has no loss of its own to weigh; leave it out or choose "
+            "another loss"
+        )
+    if len(weighing) == 2:
+        raise ValueError(
+            f"{' with '.join(weighing)}: a pair that is weighed down would look as if it fitted; choose one of the two"
         )
     return PreferenceLoss(tuple(zip(losses, weights or [1.0] * len(losses), strict=True)), dict(options), **terms)
 
@@ -284,7 +291,13 @@ class PreferenceObjective:
     def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Pairs:
         """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
         reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream, rows)
-        policy_R = token_logps(policy, stream)
+        examples = [row.example for row in rows]
+        weight: Tensor | float = 1.0
+        if self.loss.use_weighting:
+            policy_R, log_sum_sq_R = token_logps_and_log_sum_sq(policy, stream)
+            weight = wpo_weights(policy_R, log_sum_sq_R, stream.lengths_B)
+        else:
+            policy_R = token_logps(policy, stream)
         ratio_R = policy_R - reference_R
         if self.loss.ld_alpha != 1:
             weight_R = shared_token_weights(stream.lengths_B, self.loss.ld_alpha)
@@ -295,7 +308,6 @@ class PreferenceObjective:
         def of_rows(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=logps.dtype, device=logps.device)
 
-        examples = [row.example for row in rows]
         return Pairs(
             chosen_logps=logps[0::2],
             rejected_logps=logps[1::2],
@@ -304,7 +316,7 @@ class PreferenceObjective:
             chosen_lengths=stream.lengths_B[0::2],
             rejected_lengths=stream.lengths_B[1::2],
             mean_chosen_length=of_rows([mean_length] * len(rows)),
-            weight=of_rows([example.weight for example in examples]),
+            weight=weight * of_rows([example.weight for example in examples]),
             margin=of_rows([example.margin for example in examples]),
             soft_label=of_rows([math.nan if e.soft_label is None else e.soft_label for e in examples]),
         )

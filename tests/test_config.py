@@ -174,7 +174,7 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
             assert not torch.equal(losses(changed(cfg, **{key: value * 0.7})), result), key
-    assert path.stem in PREF_LOSSES or path.stem in ("beta_dpo", "cdpo", "chipo", "dr_dpo", "mpo")
+    assert path.stem in PREF_LOSSES or path.stem in ("beta_dpo", "cdpo", "chipo", "dr_dpo", "mpo", "wpo")
 
 
 def test_every_loss_but_the_auxiliary_one_has_its_file():
@@ -307,12 +307,14 @@ def test_every_key_reaches_the_loss(request, command):
         "pref_loss": ["sigmoid", "discopop", "simpo"], "pref_beta": 0.7, "dpo_label_smoothing": 0.1,
         "discopop_tau": 0.2, "simpo_gamma": 0.3, "pref_ftx": 0.4, "dpop_lambda": 5.0, "len_reg_alpha": 0.6,
         "ld_alpha": 0.8, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9,
-        "dr_dpo_beta": 1.1, "beta_dpo_alpha": 1.2,
+        "dr_dpo_beta": 1.1, "beta_dpo_alpha": 1.2, "use_weighting": False,
     }  # fmt: skip
     loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
     assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]
     assert loss.options == {"beta": 0.7, "label_smoothing": 0.1, "tau": 0.2, "gamma": 0.3}
     assert {key: getattr(loss, key) for key in TERM_KEYS} == {key: values[key] for key in TERM_KEYS}
+    # Weighing pairs and Dr.DPO exclude each other.
+    assert preference_loss_of(changed(request.getfixturevalue(command), use_weighting=True)).use_weighting
 
 
 UNREAD = [

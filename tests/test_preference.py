@@ -282,7 +282,12 @@ def test_the_start_is_the_loss_where_policy_equals_reference(name):
 def test_the_start_of_a_combination_and_where_there_is_none():
     """0.8 log 2 + 0.2 * 2 log 2; a likelihood or a length in the loss depends on the pair."""
     assert built("sigmoid", "bco_pair", weights=[0.8, 0.2]).start() == pytest.approx(1.2 * math.log(2))
-    for loss in (built("sigmoid", "sft"), built("sigmoid", pref_ftx=1.0), built("sigmoid", len_reg_alpha=0.1)):
+    for loss in (
+        built("sigmoid", "sft"),
+        built("sigmoid", pref_ftx=1.0),
+        built("sigmoid", len_reg_alpha=0.1),
+        built("sigmoid", use_weighting=True),
+    ):
         assert loss.start() is None
 
 
@@ -303,6 +308,8 @@ REFUSED = [
     (["sigmoid"], {}, {"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3: not read by f_divergence_type"),
     (["exo_pair"], {"label_smoothing": 0.0}, {}, "dpo_label_smoothing=0: exo_pair takes its logarithm"),
     (["sigmoid", "kto"], {}, {}, "pref_loss=sigmoid,kto: expected one or several of sigmoid, robust, hinge"),
+    (["kto_pair"], {}, {"use_weighting": True}, "use_weighting=True: with kto_pair a pair has no loss of its own "),
+    (["sigmoid"], {}, {"dr_dpo_beta": 0.5, "use_weighting": True}, "dr_dpo_beta=0.5 with use_weighting=True: a pair "),
     (["ipo"], {}, {"beta_dpo_alpha": 0.6}, "beta_dpo_alpha=0.6: not read by pref_loss=ipo, but by losses on the sum"),
     (["sigmoid", "aot"], {}, {"dr_dpo_beta": 1.0}, "dr_dpo_beta=1.0: with aot a pair has no loss of its own to weigh"),
     ([], {}, {}, "pref_loss=: expected one or several of sigmoid"),

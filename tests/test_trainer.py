@@ -130,6 +130,8 @@ OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
                                                  ld_alpha=0.5),
     "dr_dpo": lambda policy: objective_of(policy, ["sigmoid"], pref_ftx=0.5, dr_dpo_beta=0.5),
     "beta_dpo": lambda policy: objective_of(policy, ["sigmoid", "nca_pair"], len_reg_alpha=0.1, beta_dpo_alpha=0.6),
+    "wpo": lambda policy: objective_of(policy, ["sigmoid", "simpo"], ld_alpha=0.5, use_weighting=True),
+    "wpo, coupled": lambda policy: objective_of(policy, ["sigmoid"], beta_dpo_alpha=0.6, use_weighting=True),
     "stage=sft": lambda policy: SFTObjective(),
 }  # fmt: skip
 
