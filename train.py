@@ -74,8 +74,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     resume = str(cfg.resume_from_checkpoint or "false").lower() != "false"
     check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     checkpoint = find_checkpoint(cfg.resume_from_checkpoint, path) if resume else None
-    if resume:
-        check_resume(path, cfg)
+    if checkpoint is not None:
+        check_resume(checkpoint.parent, cfg)
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_rows(cfg, template)
@@ -90,10 +90,6 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
     run_dir = RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
-    run_dir.write_config(cfg)
-    run_dir.write_skipped(rows.skipped)
-    if cfg.val_size and cfg.stage != "sft":
-        run_dir.write_held_out([row.example for row in rows.evaluation])
     trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
     if cfg.do_train:
         if trainer.warmup_steps >= trainer.plan.total_steps:
@@ -111,6 +107,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if checkpoint is not None:
             trainer.resume(checkpoint)
             print(f"resumed after step {trainer.step}")
+    run_dir.write_config(cfg)
+    run_dir.write_skipped(rows.skipped)
+    if cfg.val_size and cfg.stage != "sft":
+        run_dir.write_held_out([row.example for row in rows.evaluation])
+    if cfg.do_train:
         metrics = trainer.train()
         save_result(policy, path, **trainer.result)
         metrics |= report.show()

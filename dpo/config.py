@@ -48,6 +48,9 @@ class SharedConfig:
     ld_alpha: float | None = MISSING
     f_divergence_type: str = MISSING
     f_alpha_divergence_coef: float = MISSING
+    dr_dpo_beta: float | None = MISSING
+    beta_dpo_alpha: float = MISSING
+    use_weighting: bool = MISSING
     dataset_dir: str = MISSING
     cutoff_len: int = MISSING
     max_samples: int | None = MISSING
@@ -127,7 +130,10 @@ NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 POSITIVE = (lambda value: value > 0), "must be above 0"
 SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 # Fields of PreferenceLoss that are config keys of the same name.
-TERM_KEYS = ("pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef")
+TERM_KEYS = (
+    "pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "dr_dpo_beta", "beta_dpo_alpha", "use_weighting",
+)  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of("preference"),
     "stage": _one_of("dpo", "kto", "sft"),
@@ -147,6 +153,8 @@ RULES: dict[str, tuple[Any, str]] = {
     "f_alpha_divergence_coef": ((lambda value: value != 1), "must not be 1, where it is reverse_kl: choose that"),
     "ref_model_mixup_alpha": ((lambda value: 0 < value <= 1), "must be above 0 and at most 1"),
     "ref_model_sync_steps": AT_LEAST_1,
+    "dr_dpo_beta": POSITIVE,
+    "beta_dpo_alpha": NOT_NEGATIVE,
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,

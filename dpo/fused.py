@@ -7,6 +7,8 @@ gradient of each log-probability with respect to its hidden state is finished in
 softmax is at hand, and the backward pass is one multiplication. A trained head recomputes each chunk instead, because
 its own gradient needs the loss's weight on every token.
 
+log sum_v p_v^2 can be had beside it, without gradient, from the softmax that is at hand.
+
 The softmax is float32 at least. onehot - softmax is formed before it is rounded to the weights' dtype: for a confident
 token both are near one, and their difference is the gradient. The head's gradient is accumulated in float32.
 
@@ -28,34 +30,52 @@ def fused_logps(hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chu
 
     chunk: rows per chunk; by default as many as CHUNK_ELEMENTS allows.
     """
+    return _fused(hidden_RD, head_weight_VD, target_R, chunk, False)[0]
+
+
+def fused_logps_and_log_sum_sq(
+    hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """fused_logps, and (R,) log sum_v softmax(hidden W^T)[v]^2 without gradient, as dpo.logprobs.gather_log_sum_sq."""
+    return _fused(hidden_RD, head_weight_VD, target_R, chunk, True)
+
+
+def _fused(hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int | None, sum_sq: bool) -> Any:
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // head_weight_VD.shape[0])
-    return _FusedLogps.apply(hidden_RD, head_weight_VD, target_R, chunk)
+    return _FusedLogps.apply(hidden_RD, head_weight_VD, target_R, chunk, sum_sq)
 
 
 class _FusedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int, sum_sq: bool
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.chunk = chunk
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         weight_VD = head_weight_VD.to(hidden_RD.dtype)
         finish = wants_hidden and not wants_head
         logps_R = torch.empty(len(hidden_RD), dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
+        log_sum_sq_R = torch.empty_like(logps_R) if sum_sq else None
         slope_RD = torch.empty_like(hidden_RD) if finish else None
         for part in _chunks(len(hidden_RD), chunk):
             logps_CV = _log_softmax(hidden_RD[part], weight_VD)
             logps_R[part] = logps_CV.gather(-1, target_R[part, None])[:, 0]
+            if log_sum_sq_R is not None:
+                log_sum_sq_R[part] = (2 * logps_CV).logsumexp(-1)
             if slope_RD is not None:
                 slope_RD[part] = _residual(logps_CV, target_R[part]).to(weight_VD.dtype) @ weight_VD
         ctx.save_for_backward(*((slope_RD,) if finish else (hidden_RD, head_weight_VD, target_R)))
-        return logps_R
+        if log_sum_sq_R is not None:
+            ctx.mark_non_differentiable(log_sum_sq_R)
+        return logps_R, log_sum_sq_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_R,) = grads
+        grad_R = grads[0]
         if len(ctx.saved_tensors) == 1:
             (slope_RD,) = ctx.saved_tensors
-            return (grad_R[:, None] * slope_RD).to(slope_RD.dtype), None, None, None
+            return (grad_R[:, None] * slope_RD).to(slope_RD.dtype), None, None, None, None
         hidden_RD, head_weight_VD, target_R = ctx.saved_tensors
         weight_VD = head_weight_VD.to(hidden_RD.dtype)
         grad_hidden_RD = torch.empty_like(hidden_RD)
@@ -65,7 +85,7 @@ class _FusedLogps(torch.autograd.Function):
             residual_CV = (residual_CV * grad_R[part, None]).to(weight_VD.dtype)
             grad_hidden_RD[part] = residual_CV @ weight_VD
             grad_head_VD += residual_CV.T @ hidden_RD[part]
-        return grad_hidden_RD, grad_head_VD.to(head_weight_VD.dtype), None, None
+        return grad_hidden_RD, grad_head_VD.to(head_weight_VD.dtype), None, None, None
 
 
 def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:

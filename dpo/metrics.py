@@ -5,6 +5,7 @@ rewards/chosen, rewards/rejected    beta * log-ratio of the response, summed ove
 rewards/margins                     chosen minus rejected reward; of unpaired rows the difference of the two means
 rewards/accuracies                  share of pairs with margin > 0; a tie counts 0, so it is 0 at step 0; a cached
                                     reference's ties are ties but for rounding, and there it is any number
+beta                                under beta-DPO alone: the beta of the batch; rewards keep the configured one
 logps/chosen, logps/rejected        log pi(y|x) of the policy, nats, summed over the response's tokens
 kl                                  kto's estimate of KL(policy || reference), nats per response, at least 0
 

@@ -4,7 +4,8 @@
 
 The terms are off by default. They change the log-ratios that the losses on the margin see:
 
-    f-divergence    a' = f(a), b' = f(b)                    Wang et al. 2023, arXiv:2309.16240, Tab. 1
+    f-divergence    a' = f(a), b' = f(b)                    Wang et al. 2023, arXiv:2309.16240, Tab. 1; chi-PO: Huang
+                                                            et al. 2024, arXiv:2407.13399, phi(u) = u + log u
     DPOP            a' = a - dpop_lambda max(0, -a)         Pal et al. 2024, arXiv:2402.13228, Eq. 3
     R-DPO           a' = a + len_reg_alpha |y_w| / beta     Park et al. 2024, arXiv:2403.19159, Eq. 9; b' likewise
     ODPO            a' = a - margin / beta                  Amini et al. 2024, arXiv:2402.10571, Eq. 3; the row's margin
@@ -12,7 +13,8 @@ The terms are off by default. They change the log-ratios that the losses on the 
 and, for every loss, LD-DPO (Liu et al. 2024, arXiv:2409.06411, Eq. 10): tokens beyond the length of the pair's shorter
 response count ld_alpha times, in policy and reference alike (LLaMA-Factory weighs the policy alone, so its log-ratios
 do not start at 0). R-DPO's sign is the one that its derivation gives: a reward less alpha |y| has the log-ratio
-(r - alpha |y|) / beta.
+(r - alpha |y|) / beta. dpo.dr_dpo puts another mean over the batch in place of the plain one, dpo.beta_dpo another
+beta for each batch in place of the losses' on the summed margin, and dpo.wpo weighs pairs.
 
 What is set and read by none of the chosen losses is refused: an option that is ignored trains something else.
 
@@ -28,12 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.beta_dpo import DynamicBeta
 from dpo.coupled import Measured
 from dpo.data import Encoded
-from dpo.logprobs import sum_over_responses, token_logps
+from dpo.dr_dpo import dr_dpo_loss
+from dpo.logprobs import sum_over_responses, token_logps, token_logps_and_log_sum_sq
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
 from dpo.metrics import preference_metrics
 from dpo.reference import MovingReference, Reference
+from dpo.wpo import wpo_weights
 from models.stream import Stream
 from models.transformer import Transformer
 
@@ -60,7 +65,7 @@ class Pairs(Measured):
     mean_chosen_length: Tensor
     """tokens of a chosen response, the mean over the logical batch, repeated for every pair."""
     weight: Tensor
-    """what the pair's loss is multiplied by; 1 where the row says nothing."""
+    """what the pair's loss is multiplied by: the row's weight, 1 where it says nothing, and WPO's."""
     margin: Tensor
     """by how much the chosen reward shall exceed the rejected one (ODPO); 0 where the row says nothing."""
     soft_label: Tensor
@@ -83,10 +88,16 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda a, alpha: a,
     "forward_kl": lambda a, alpha: -(-a).expm1(),
     "js_divergence": lambda a, alpha: F.logsigmoid(a) + math.log(2),
+    # log u + u - 1, of KL plus half of chi-squared (chi-PO). Beyond 20 nats u stays exp(20), so that it is finite.
+    "chi_squared_kl": lambda a, alpha: a + a.clamp(max=20).expm1(),
     # (u^(alpha - 1) - 1) / (alpha - 1): reverse KL as alpha -> 1, forward KL at 0. Old TRL's coefficient is 1 - alpha.
     "alpha_divergence": lambda a, alpha: ((alpha - 1) * a).expm1() / (alpha - 1),
 }
 ALPHA = 0.5  # where f_alpha_divergence_coef is when nothing is said
+
+
+def on_summed_margin(loss: PrefLoss) -> bool:
+    return loss.on_margin and not loss.per_token
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,9 @@ class PreferenceLoss:
     ld_alpha: float = 1.0
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = ALPHA
+    dr_dpo_beta: float | None = None
+    beta_dpo_alpha: float = 0.0
+    use_weighting: bool = False
 
     @property
     def beta(self) -> float:
@@ -110,7 +124,8 @@ class PreferenceLoss:
 
     @property
     def couples(self) -> bool:
-        return any(loss.couples for loss, _ in self.losses)
+        coupling_terms = self.dr_dpo_beta is not None or self.beta_dpo_alpha
+        return bool(coupling_terms) or any(loss.couples for loss, _ in self.losses)
 
     @property
     def needs_reference(self) -> bool:
@@ -125,16 +140,20 @@ class PreferenceLoss:
         """The options that a loss takes, as its function names them."""
         return {name: self.options[name] for name in loss.options}
 
-    def __call__(self, pairs: Pairs) -> Tensor:
-        total = sum(weight * self._one(loss, pairs) for loss, weight in self.losses)
+    def __call__(self, pairs: Pairs, margin_beta: Tensor | None = None) -> Tensor:
+        """(B,) losses; margin_beta: what stands for beta in the losses on the summed margin; None: beta does."""
+        total = sum(weight * self._one(loss, pairs, margin_beta) for loss, weight in self.losses)
         if self.pref_ftx:
             total = total - self.pref_ftx * pairs.chosen_logps / pairs.chosen_lengths
-        return pairs.weight * total
+        total = pairs.weight * total
+        # The mean of equal entries is the batch's loss.
+        return total if self.dr_dpo_beta is None else dr_dpo_loss(total, dr_dpo_beta=self.dr_dpo_beta).expand_as(total)
 
-    def _one(self, loss: PrefLoss, pairs: Pairs) -> Tensor:
+    def _one(self, loss: PrefLoss, pairs: Pairs, margin_beta: Tensor | None) -> Tensor:
+        beta = self.beta if margin_beta is None or not on_summed_margin(loss) else margin_beta
         chosen_ratios, rejected_ratios = pairs.chosen_logratios, pairs.rejected_logratios
         if loss.on_margin:
-            chosen_ratios, rejected_ratios = self._with_terms(pairs, loss.per_token)
+            chosen_ratios, rejected_ratios = self._with_terms(pairs, loss.per_token, beta)
         quantities = {
             "chosen_logps": pairs.chosen_logps, "rejected_logps": pairs.rejected_logps,
             "chosen_ref_logps": (pairs.chosen_logps - pairs.chosen_logratios).detach(),
@@ -147,13 +166,15 @@ class PreferenceLoss:
             "mean_chosen_length": pairs.mean_chosen_length,
         }  # fmt: skip
         options: dict[str, float | Tensor] = dict(self.options_of(loss))
+        if "beta" in options:
+            options["beta"] = beta
         if "label_smoothing" in options and not loss.couples:
             # A row's own label stands before the rate of wrong labels that holds for all.
             smoothing = torch.full_like(pairs.soft_label, float(options["label_smoothing"]))
             options["label_smoothing"] = torch.where(pairs.soft_label.isnan(), smoothing, 1 - pairs.soft_label)
         return loss.function(*(quantities[name] for name in loss.reads), **options)
 
-    def _with_terms(self, pairs: Pairs, per_token: bool) -> tuple[Tensor, Tensor]:
+    def _with_terms(self, pairs: Pairs, per_token: bool, beta: float | Tensor) -> tuple[Tensor, Tensor]:
         """(a', b') of the module's docstring; a loss on means per token takes the f-divergence alone."""
         f = F_DIVERGENCES[self.f_divergence_type]
         chosen, rejected = (
@@ -164,13 +185,13 @@ class PreferenceLoss:
         if self.dpop_lambda:
             chosen = chosen - self.dpop_lambda * F.relu(-pairs.chosen_logratios)
         if self.len_reg_alpha:
-            chosen = chosen + self.len_reg_alpha * pairs.chosen_lengths / self.beta
-            rejected = rejected + self.len_reg_alpha * pairs.rejected_lengths / self.beta
-        return chosen - pairs.margin / self.beta, rejected
+            chosen = chosen + self.len_reg_alpha * pairs.chosen_lengths / beta
+            rejected = rejected + self.len_reg_alpha * pairs.rejected_lengths / beta
+        return chosen - pairs.margin / beta, rejected
 
     def start(self) -> float | None:
         """The loss of a pair where policy equals reference, in closed form; None where it depends on the pair."""
-        if self.pref_ftx or self.len_reg_alpha:
+        if self.pref_ftx or self.len_reg_alpha or self.use_weighting:
             return None
         total = 0.0
         for loss, weight in self.losses:
@@ -185,8 +206,11 @@ TERMS: dict[str, tuple[object, Callable[[PrefLoss], bool], str]] = {
     # config key: (where it is off, the losses that can read it, what they have in common)
     "pref_ftx": (0.0, lambda loss: not loss.unpaired, "losses of pairs"),
     "ld_alpha": (1.0, lambda loss: not loss.unpaired, "losses of pairs"),
-    "dpop_lambda": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
-    "len_reg_alpha": (0.0, lambda loss: loss.on_margin and not loss.per_token, "losses on the summed margin"),
+    "dr_dpo_beta": (None, lambda loss: not loss.unpaired, "losses of pairs"),
+    "use_weighting": (False, lambda loss: not loss.unpaired, "losses of pairs"),
+    "dpop_lambda": (0.0, on_summed_margin, "losses on the summed margin"),
+    "len_reg_alpha": (0.0, on_summed_margin, "losses on the summed margin"),
+    "beta_dpo_alpha": (0.0, on_summed_margin, "losses on the summed margin"),
     "f_divergence_type": ("reverse_kl", lambda loss: loss.on_margin, "losses on the margin"),
 }
 
@@ -225,6 +249,17 @@ def preference_loss(
     smoothing = options["label_smoothing"]
     if "exo_pair" in names and not smoothing:
         raise ValueError("dpo_label_smoothing=0: exo_pair takes its logarithm; the paper's is 1e-3 (loss=exo_pair)")
+    coupling = [name for name in names if PREF_LOSSES[name].couples]
+    weighing = [f"{key}={terms[key]}" for key in ("dr_dpo_beta", "use_weighting") if terms.get(key)]
+    if weighing and coupling:
+        raise ValueError(
+            f"{weighing[0]}: with {','.join(coupling)} a pair has no loss of its own to weigh; leave it out or choose "
+            "another loss"
+        )
+    if len(weighing) == 2:
+        raise ValueError(
+            f"{' with '.join(weighing)}: a pair that is weighed down would look as if it fitted; choose one of the two"
+        )
     return PreferenceLoss(tuple(zip(losses, weights or [1.0] * len(losses), strict=True)), dict(options), **terms)
 
 
@@ -238,32 +273,40 @@ class PreferenceObjective:
     def __init__(self, loss: PreferenceLoss, reference: Reference | None):
         """reference: None where no loss compares with one."""
         self.loss, self.reference, self.couples = loss, reference, loss.couples
+        alpha = loss.beta_dpo_alpha
+        self.dynamic_beta = DynamicBeta(beta=loss.beta, alpha=alpha) if alpha else None
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        return self.reference.tensors if isinstance(self.reference, MovingReference) else {}
+        state = dict(self.reference.tensors) if isinstance(self.reference, MovingReference) else {}
+        return state if self.dynamic_beta is None else state | {"running_margin": self.dynamic_beta.running_margin}
 
     def updated(self, step: int) -> None:
         if isinstance(self.reference, MovingReference):
             self.reference.follow(step)
+        if self.dynamic_beta is not None:
+            self.dynamic_beta.updated()
 
     def check(self, rows: Sequence[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""
         losses = [loss for loss, _ in self.loss.losses]
         honoured = {
-            "weight": (1.0, not self.couples),
-            "margin": (0.0, any(loss.on_margin and not loss.per_token for loss in losses)),
+            "weight": (1.0, self.loss.dr_dpo_beta is None and not any(loss.couples for loss in losses)),
+            "margin": (0.0, any(map(on_summed_margin, losses))),
             "soft_label": (None, any("label_smoothing" in loss.options and not loss.couples for loss in losses)),
         }
         names = [name for name, loss in PREF_LOSSES.items() if loss in losses]
+        chosen = f"pref_loss={','.join(names)}"
+        if self.loss.dr_dpo_beta is not None:
+            chosen += f" with dr_dpo_beta={self.loss.dr_dpo_beta}"
         infinite_at = {label for name in names for label in INFINITE_AT.get(name, ())}
         for row in rows:
             for key, (off, can) in honoured.items():
                 value = getattr(row.example, key)
                 if (value != off and not can) or (key == "soft_label" and value in infinite_at):
                     raise ValueError(
-                        f"{row.example.source}: {key}={value}: pref_loss={','.join(names)} cannot honour it; remove it "
-                        "from the rows or choose another loss"
+                        f"{row.example.source}: {key}={value}: {chosen} cannot honour it; remove it from the "
+                        "rows or choose another loss"
                     )
 
     def units(self, rows: Sequence[Encoded]) -> int:
@@ -272,27 +315,35 @@ class PreferenceObjective:
 
     def logps_and_logratios(
         self, policy: Transformer, stream: Stream, rows: Sequence[Encoded]
-    ) -> tuple[Tensor, Tensor]:
-        """(log pi, log pi - log pi_ref) of every response of a stream; without a reference log pi twice."""
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """(log pi, log pi - log pi_ref) of every response of a stream, and WPO's weight of every pair, or 1.
+
+        Without a reference log pi twice.
+        """
         reference_R = torch.zeros((), device=policy.device) if self.reference is None else self.reference(stream, rows)
-        policy_R = token_logps(policy, stream)
+        weight: Tensor | float = 1.0
+        if self.loss.use_weighting:
+            policy_R, log_sum_sq_R = token_logps_and_log_sum_sq(policy, stream)
+            weight = wpo_weights(policy_R, log_sum_sq_R, stream.lengths_B)
+        else:
+            policy_R = token_logps(policy, stream)
         ratio_R = policy_R - reference_R
         if self.loss.ld_alpha != 1:
             weight_R = shared_token_weights(stream.lengths_B, self.loss.ld_alpha)
             policy_R, ratio_R = policy_R * weight_R, ratio_R * weight_R
-        return sum_over_responses(policy_R, stream.lengths_B), sum_over_responses(ratio_R, stream.lengths_B)
+        return sum_over_responses(policy_R, stream.lengths_B), sum_over_responses(ratio_R, stream.lengths_B), weight
 
     def measure(
         self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]
     ) -> Measured:
         """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
-        logps, logratios = self.logps_and_logratios(policy, stream, rows)
+        logps, logratios, weight = self.logps_and_logratios(policy, stream, rows)
+        examples = [row.example for row in rows]
         mean_length = sum(len(row.response_ids[0]) for row in batch) / len(batch)
 
         def of_rows(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=logps.dtype, device=logps.device)
 
-        examples = [row.example for row in rows]
         return Pairs(
             chosen_logps=logps[0::2],
             rejected_logps=logps[1::2],
@@ -301,13 +352,18 @@ class PreferenceObjective:
             chosen_lengths=stream.lengths_B[0::2],
             rejected_lengths=stream.lengths_B[1::2],
             mean_chosen_length=of_rows([mean_length] * len(rows)),
-            weight=of_rows([example.weight for example in examples]),
+            weight=weight * of_rows([example.weight for example in examples]),
             margin=of_rows([example.margin for example in examples]),
             soft_label=of_rows([math.nan if e.soft_label is None else e.soft_label for e in examples]),
         )
 
     def losses(self, measured: Any) -> Tensor:
-        return self.loss(measured)
+        return self.loss(measured, self._margin_beta(measured))
+
+    def _margin_beta(self, pairs: Pairs) -> Tensor | None:
+        if self.dynamic_beta is None:
+            return None
+        return self.dynamic_beta(pairs.chosen_logratios, pairs.rejected_logratios)
 
     def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
         pairs: Pairs = measured
@@ -315,6 +371,8 @@ class PreferenceObjective:
         if self.reference is None and any(loss.per_token for loss, _ in self.loss.losses):
             # Without a reference the reward is beta log pi, and of a loss on means, beta times the mean.
             chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
-        return {"loss": losses} | preference_metrics(
+        metrics = {"loss": losses} | preference_metrics(
             pairs.chosen_logps, pairs.rejected_logps, chosen, rejected, beta=self.loss.beta
         )
+        beta = self._margin_beta(pairs)
+        return metrics if beta is None else metrics | {"beta": beta.expand_as(losses)}

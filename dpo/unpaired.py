@@ -78,7 +78,7 @@ class UnpairedObjective(PreferenceObjective):
         self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]
     ) -> Labelled:
         """The rows of a micro-batch: each has a branch of its own, and a second one where the loss reads it."""
-        logps, logratios = self.logps_and_logratios(policy, stream, rows)
+        logps, logratios, _ = self.logps_and_logratios(policy, stream, rows)
         per_row = len(rows[0].response_ids)
         own = slice(0, None, per_row)
 

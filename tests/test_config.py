@@ -16,7 +16,7 @@ import train  # noqa: F401
 from dpo.config import RULES, TERM_KEYS, EvalConfig, SharedConfig, TrainConfig, check, preference_loss_of
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
-from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss
+from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss, PreferenceObjective
 from dpo.unpaired import Labelled, UnpairedObjective
 from models.command import expand_arguments
 from models.template import TEMPLATES
@@ -182,14 +182,15 @@ def test_every_key_of_a_loss_file_is_one_that_its_losses_read(path):
 
     def losses(cfg: DictConfig) -> torch.Tensor:
         loss = preference_loss_of(cfg)
-        return UnpairedObjective(loss, None).losses(some_rows()) if loss.unpaired else loss(some_pairs())
+        kind, measured = (UnpairedObjective, some_rows()) if loss.unpaired else (PreferenceObjective, some_pairs())
+        return kind(loss, reference=None).losses(measured)
 
     result = losses(cfg)
     assert result.isfinite().all() and result.shape == (3,)
     for key, value in OmegaConf.load(path).items():
         if isinstance(value, float):
             assert not torch.equal(losses(changed(cfg, **{key: value * 0.7})), result), key
-    assert path.stem in PREF_LOSSES or path.stem in ("cdpo", "mpo")
+    assert path.stem in PREF_LOSSES or path.stem in ("beta_dpo", "cdpo", "chipo", "dr_dpo", "mpo", "wpo")
 
 
 def test_every_loss_but_the_auxiliary_one_has_its_file():
@@ -253,6 +254,8 @@ EDGES: dict[str, tuple[list, list]] = {
     "f_alpha_divergence_coef": ([1.0, float("nan")], [-1.0, 0.0, 2.0]),
     "ref_model_mixup_alpha": ([0.0, -0.1, 1.1, float("nan")], [1e-9, 1.0]),
     "ref_model_sync_steps": ([0, -1], [1]),
+    "dr_dpo_beta": ([0.0, -1.0, float("inf")], [1e-9, None]),
+    "beta_dpo_alpha": ([-0.1, float("nan")], [0.0, 0.6]),
     "lora_rank": ([0, -8], [1]),
     "lora_alpha": ([0.0, -1.0], [0.5, None]),
     "lora_dropout": ([1.0, -0.1, float("nan")], [0.0, 0.999]),
@@ -328,6 +331,7 @@ def test_every_key_reaches_the_loss(request, command):
         "pref_loss": ["sigmoid", "discopop", "simpo"], "pref_beta": 0.7, "dpo_label_smoothing": 0.1,
         "discopop_tau": 0.2, "simpo_gamma": 0.3, "pref_ftx": 0.4, "dpop_lambda": 5.0, "len_reg_alpha": 0.6,
         "ld_alpha": 0.8, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9,
+        "dr_dpo_beta": 1.1, "beta_dpo_alpha": 1.2, "use_weighting": False,
     }  # fmt: skip
     loss = preference_loss_of(changed(request.getfixturevalue(command), **values))
     assert [part.function.__name__ for part, _ in loss.losses] == ["sigmoid_loss", "discopop_loss", "simpo_loss"]
@@ -336,6 +340,8 @@ def test_every_key_reaches_the_loss(request, command):
     kto = preference_loss_of(changed(request.getfixturevalue(command), pref_loss="kto", **weights))
     assert kto.options == OFF | {"beta": kto.beta, "chosen_weight": 1.3, "rejected_weight": 0.9}
     assert {key: getattr(loss, key) for key in TERM_KEYS} == {key: values[key] for key in TERM_KEYS}
+    # Weighing pairs and Dr.DPO exclude each other.
+    assert preference_loss_of(changed(request.getfixturevalue(command), use_weighting=True)).use_weighting
 
 
 def test_stage_kto_is_the_loss_of_that_name(default, tmp_path):
@@ -439,6 +445,7 @@ AWAY = {
     "loss_weights": [2.0], "dpo_label_smoothing": 0.1, "discopop_tau": 0.1, "simpo_gamma": 1.0, "pref_ftx": 1.0,
     "dpop_lambda": 1.0, "len_reg_alpha": 0.1, "ld_alpha": 0.5, "f_divergence_type": "forward_kl",
     "f_alpha_divergence_coef": 0.3, "kto_chosen_weight": 2.0, "kto_rejected_weight": 2.0,
+    "dr_dpo_beta": 1.0, "beta_dpo_alpha": 0.6, "use_weighting": True,
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo.fused
-from dpo.fused import fused_logps
-from dpo.logprobs import gather_logps
+from dpo.fused import fused_logps, fused_logps_and_log_sum_sq
+from dpo.logprobs import gather_log_sum_sq, gather_logps
 
 R, V, D = 7, 11, 3
 CHUNKS = [1, 2, 3, 7, 100, None]
@@ -42,6 +42,20 @@ def test_value_and_gradients_equal_gather_logps(trained, chunk):
     slow = torch.autograd.grad((weight_R * slow_R).sum(), leaves)
     for got, expected in zip(fast, slow, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("head_trained", [False, True])
+def test_log_sum_sq_equals_its_definition_has_no_gradient_and_leaves_the_logps_theirs(head_trained, chunk):
+    hidden_RD, head_VD, target_R, weight_R = random_inputs()
+    leaves = [hidden_RD.requires_grad_(), head_VD.requires_grad_(head_trained)][: 1 + head_trained]
+    logps_R, log_sum_sq_R = fused_logps_and_log_sum_sq(hidden_RD, head_VD, target_R, chunk)
+    torch.testing.assert_close(log_sum_sq_R, gather_log_sum_sq(hidden_RD, head_VD).detach())
+    assert not log_sum_sq_R.requires_grad
+    plain_R = fused_logps(hidden_RD, head_VD, target_R, chunk)
+    assert torch.equal(logps_R, plain_R)
+    both = [torch.autograd.grad((weight_R * x_R).sum(), leaves) for x_R in (logps_R, plain_R)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -177,6 +191,7 @@ def test_nothing_larger_than_one_chunk_of_logits_ever_exists(head_trained, monke
     assert largest_tensor(lambda h, w, y: fused_logps(h, w, y, 5), head_trained) == 5 * 97
     monkeypatch.setattr(dpo.fused, "CHUNK_ELEMENTS", 580)
     assert largest_tensor(fused_logps, head_trained) == 5 * 97
+    assert largest_tensor(lambda *a: fused_logps_and_log_sum_sq(*a)[0], head_trained) == 5 * 97
     assert largest_tensor(gather_logps, head_trained) == 61 * 97  # the watch sees what the slow twin does
 
 

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.logprobs import gather_logps, sum_over_responses, token_logps
+from dpo.logprobs import (
+    gather_log_sum_sq,
+    gather_logps,
+    sum_over_responses,
+    token_logps,
+)
 from models.config import parse_model_config
 from models.stream import pack
 from models.transformer import Transformer
@@ -50,6 +55,12 @@ def test_gather_logps_by_hand():
     hidden_RD, head_VD = torch.ones(2, 1), torch.tensor([[1.0], [3.0]]).log()
     logps_R = gather_logps(hidden_RD, head_VD, torch.tensor([0, 1]))
     torch.testing.assert_close(logps_R.exp(), torch.tensor([0.25, 0.75]))
+
+
+def test_log_sum_sq_by_hand():
+    """p = (1/4, 3/4): 1/16 + 9/16; p = (1/2, 1/2): 1/2; p = (1, 0): 1."""
+    hidden_RD, head_VD = torch.tensor([[1.0], [0.0], [1000.0]]), torch.tensor([[1.0], [3.0]]).log()
+    torch.testing.assert_close(gather_log_sum_sq(hidden_RD, head_VD).exp(), torch.tensor([0.625, 0.5, 1.0]))
 
 
 def test_logps_do_not_change_when_every_logit_of_a_token_grows_by_the_same():

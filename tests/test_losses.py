@@ -5,6 +5,7 @@ Shapes: B pairs, S token positions.
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from dpo import losses
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, QUANTITIES, log1mexp
 from dpo.metrics import preference_metrics
 from dpo.preference import Pairs, preference_loss
+from dpo.wpo import wpo_weights
 
 # Losses of labelled rows have laws of their own, in test_unpaired.py.
 PAIRED = [name for name, loss in PREF_LOSSES.items() if not loss.unpaired]
@@ -334,8 +336,9 @@ TRL = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", 
 
 
 def trl_loss_and_metrics(
-    policy_BS: Tensor, reference_BS: Tensor, lengths: list[int], **settings: object
-) -> tuple[Tensor, dict[str, float]]:
+    policy_BS: Tensor, reference_BS: Tensor, lengths: list[int], log_sum_sq_BS: Tensor | None = None,
+    **settings: object,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """TRL 1.16's DPOTrainer._compute_loss itself, on a stand-in for the trainer and for the model's output.
 
     The stand-in holds the attributes that the method reads, with TRL's default for every option; policy and reference
@@ -350,14 +353,15 @@ def trl_loss_and_metrics(
         mask[row, 1 : 1 + length] = 1
     zeros = torch.zeros(rows, width)
     outputs = SimpleNamespace(
-        log_probs=policy_BS, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None
-    )
+        log_probs=policy_BS, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None,
+        log_sum_sq_probs=log_sum_sq_BS,
+    )  # fmt: skip
     trainer = SimpleNamespace(
         model=torch.nn.Module(),
         accelerator=SimpleNamespace(
             device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda x: x
         ),
-        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=False, ref_model=None,
+        aux_loss_enabled=False, precompute_ref_logps=False, use_weighting=log_sum_sq_BS is not None, ref_model=None,
         _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
         args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
         **{"ld_alpha": None, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "label_smoothing": 0.0}
@@ -383,7 +387,8 @@ def token_logps() -> tuple[Tensor, Tensor, Tensor]:
 
 def our_loss_and_pairs(
     policy_BS: Tensor, reference_BS: Tensor, lengths: Tensor, names: list[str], weights: list[float] | None = None,
-    options: dict[str, float] | None = None, ld_alpha: float = 1.0, **terms: object,
+    options: dict[str, float] | None = None, ld_alpha: float = 1.0, log_sum_sq_BS: Tensor | None = None,
+    **terms: object,
 ) -> tuple[Tensor, Pairs]:  # fmt: skip
     """Our mean loss of the same pairs; LD-DPO's weights as its equation has them, token by token."""
     shorter = torch.minimum(lengths[:3], lengths[3:]).repeat(2)[:, None]
@@ -395,13 +400,18 @@ def our_loss_and_pairs(
         logps[:3], logps[3:], ratios[:3], ratios[3:], lengths[:3], lengths[3:], ones * lengths[:3].double().mean(),
         weight=ones, margin=0 * ones, soft_label=math.nan * ones,
     )  # fmt: skip
+    if log_sum_sq_BS is not None:
+        in_turn, real = [0, 3, 1, 4, 2, 5], torch.arange(7) < lengths[:, None]
+        logps_R, log_sum_sq_R = (x_BS[in_turn][real[in_turn]] for x_BS in (policy_BS, log_sum_sq_BS))
+        pairs = replace(pairs, weight=wpo_weights(logps_R, log_sum_sq_R, lengths[in_turn]))
     settings = OFF | (options or {})
     return preference_loss(names, weights, settings, **terms)(pairs).mean(), pairs
 
 
 def assert_equal_to_trl(
-    names: list[str], beta: float, tolerance: float = 1e-9, dtype: torch.dtype = torch.float64, **settings: object
-) -> None:
+    names: list[str], beta: float, tolerance: float = 1e-9, dtype: torch.dtype = torch.float64,
+    log_sum_sq_BS: Tensor | None = None, **settings: object,
+) -> None:  # fmt: skip
     """Value, the gradient of every token's log-probability, and TRL's metrics."""
     policy_BS, reference_BS, lengths = token_logps()
     policy_BS, reference_BS = policy_BS.to(dtype), reference_BS.to(dtype)
@@ -410,13 +420,14 @@ def assert_equal_to_trl(
     weights = settings.pop("loss_weights", [1.0] * len(names))
     theirs, metrics = trl_loss_and_metrics(
         theirs_in, reference_BS, lengths.tolist(), loss_types=names, loss_weights=weights, beta=beta,
-        label_smoothing=smoothing, **settings,
+        label_smoothing=smoothing, log_sum_sq_BS=log_sum_sq_BS, **settings,
     )  # fmt: skip
     if settings.get("ld_alpha") is None:
         settings.pop("ld_alpha", None)
     ours, pairs = our_loss_and_pairs(
-        ours_in, reference_BS, lengths, names, weights, {"beta": beta, "label_smoothing": smoothing}, **settings
-    )
+        ours_in, reference_BS, lengths, names, weights, {"beta": beta, "label_smoothing": smoothing},
+        log_sum_sq_BS=log_sum_sq_BS, **settings,
+    )  # fmt: skip
     assert ours.item() == pytest.approx(theirs.item(), rel=tolerance, abs=tolerance)
     (expected_BS,), (gradient_BS,) = torch.autograd.grad(theirs, theirs_in), torch.autograd.grad(ours, ours_in)
     # Padding has no log-probability of ours; TRL's sum gives it a gradient that its masked head then drops.
@@ -467,6 +478,16 @@ def test_the_alpha_divergence_agrees_with_trl(alpha):
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.5])
 def test_ld_dpo_agrees_with_trl(name, ld_alpha):
     assert_equal_to_trl([name], 0.3, ld_alpha=ld_alpha)
+
+
+@pytest.mark.parametrize("names", [["sigmoid"], ["ipo"], ["nca_pair"], ["discopop", "bco_pair"]])
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_wpo_agrees_with_trl(names, ld_alpha):
+    """Of random log sum_v p_v^2; the weights carry no gradient, and LD-DPO does not enter them."""
+    lengths = token_logps()[2]
+    log_sum_sq_BS = -2 * torch.rand(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    log_sum_sq_BS *= torch.arange(7) < lengths[:, None]
+    assert_equal_to_trl(names, 0.3, log_sum_sq_BS=log_sum_sq_BS, ld_alpha=ld_alpha)
 
 
 def test_every_loss_of_trl_is_here():

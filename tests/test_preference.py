@@ -109,6 +109,7 @@ def test_in_a_combination_a_term_reaches_only_the_losses_that_read_it():
 # --- f-divergences ---
 
 DIVERGENCES = [("reverse_kl", 0.5, 1.0), ("forward_kl", 0.5, 1.0), ("js_divergence", 0.5, 0.5)]
+DIVERGENCES += [("chi_squared_kl", 0.5, 2.0)]
 DIVERGENCES += [("alpha_divergence", alpha, 1.0) for alpha in (-1.0, 0.0, 0.5, 2.0)]
 
 
@@ -122,10 +123,25 @@ def test_a_divergence_is_0_at_0_with_a_known_slope_and_rises(name, alpha, slope)
 
 
 def test_divergences_by_hand():
-    """At u = 4: log u, 1 - 1/u, log(2u / (1 + u)) and, for alpha = 1/2, 2 - 2/sqrt(u)."""
+    """At u = 4: log u, 1 - 1/u, log(2u / (1 + u)), log u + u - 1 and, for alpha = 1/2, 2 - 2/sqrt(u)."""
     a_B = torch.tensor([4.0], dtype=torch.float64).log()
-    expected = {"reverse_kl": math.log(4), "forward_kl": 0.75, "js_divergence": math.log(1.6), "alpha_divergence": 1.0}
+    expected = {
+        "reverse_kl": math.log(4), "forward_kl": 0.75, "js_divergence": math.log(1.6),
+        "chi_squared_kl": math.log(4) + 3, "alpha_divergence": 1.0,
+    }  # fmt: skip
     assert {name: f(a_B, 0.5).item() for name, f in F_DIVERGENCES.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chi_pos_link_rises_and_stays_finite_at_ten_thousand_nats(dtype):
+    """exp(1e4) overflows even float64. Beyond 20 nats it rises as the KL's link does, with slope 1."""
+    a_B = torch.tensor([-1e4, -5.0, 3.0, 20.0, 30.0, 1e4], dtype=dtype, requires_grad=True)
+    f_B = F_DIVERGENCES["chi_squared_kl"](a_B, 0.5)
+    (slope_B,) = torch.autograd.grad(f_B.sum(), a_B)
+    assert f_B.isfinite().all() and (f_B.diff() >= 0).all()
+    assert slope_B[[0, 4, 5]].tolist() == [1, 1, 1] and slope_B[2].item() == pytest.approx(1 + math.exp(3))
+    losses = built("sigmoid", f_divergence_type="chi_squared_kl")(some_pairs(rejected_logratios=[1e4, -1e4, 30.0]))
+    assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize(("alpha", "limit"), [(1 - 1e-7, "reverse_kl"), (0.0, "forward_kl")])
@@ -267,7 +283,12 @@ def test_the_start_is_the_loss_where_policy_equals_reference(name):
 def test_the_start_of_a_combination_and_where_there_is_none():
     """0.8 log 2 + 0.2 * 2 log 2; a likelihood or a length in the loss depends on the pair."""
     assert built("sigmoid", "bco_pair", weights=[0.8, 0.2]).start() == pytest.approx(1.2 * math.log(2))
-    for loss in (built("sigmoid", "sft"), built("sigmoid", pref_ftx=1.0), built("sigmoid", len_reg_alpha=0.1)):
+    for loss in (
+        built("sigmoid", "sft"),
+        built("sigmoid", pref_ftx=1.0),
+        built("sigmoid", len_reg_alpha=0.1),
+        built("sigmoid", use_weighting=True),
+    ):
         assert loss.start() is None
 
 
@@ -292,6 +313,10 @@ REFUSED = [
     (["kto"], {}, {"pref_ftx": 1.0}, "pref_ftx=1.0: not read by pref_loss=kto, but by losses of pairs; leave it at 0"),
     (["kto"], {}, {"ld_alpha": 0.5}, "ld_alpha=0.5: not read by pref_loss=kto, but by losses of pairs; leave it at 1"),
     (["sigmoid"], {"chosen_weight": 2.0}, {}, "kto_chosen_weight=2.0: not read by pref_loss=sigmoid, but by kto, apo"),
+    (["kto_pair"], {}, {"use_weighting": True}, "use_weighting=True: with kto_pair a pair has no loss of its own "),
+    (["sigmoid"], {}, {"dr_dpo_beta": 0.5, "use_weighting": True}, "dr_dpo_beta=0.5 with use_weighting=True: a pair "),
+    (["ipo"], {}, {"beta_dpo_alpha": 0.6}, "beta_dpo_alpha=0.6: not read by pref_loss=ipo, but by losses on the sum"),
+    (["sigmoid", "aot"], {}, {"dr_dpo_beta": 1.0}, "dr_dpo_beta=1.0: with aot a pair has no loss of its own to weigh"),
     ([], {}, {}, "pref_loss=: expected one or several of sigmoid"),
 ]  # fmt: skip
 
@@ -341,6 +366,11 @@ def test_a_row_that_the_losses_cannot_honour_is_named(names, key, value):
     with pytest.raises(ValueError) as caught:
         PreferenceObjective(built(*names), None).check(rows)
     assert str(caught.value).startswith(f"rows.jsonl:2: {key}={value}: pref_loss={','.join(names)} cannot honour it")
+
+
+def test_a_rows_weight_is_not_honoured_by_a_mean_that_would_take_it_for_a_good_fit():
+    with pytest.raises(ValueError, match=r"weight=0\.5: pref_loss=sigmoid with dr_dpo_beta=1\.0 cannot honour it"):
+        PreferenceObjective(built("sigmoid", dr_dpo_beta=1.0), None).check(rows_of(([3], [4]), weight=0.5))
 
 
 HONOURED = [(["hinge"], "weight", 0.5), (["hinge"], "margin", 1.0), (["sigmoid", "aot"], "soft_label", 0.5),
