@@ -18,10 +18,10 @@ from dpo.build import build_objective, build_policy, build_rows, build_template,
 from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, save_result
 from dpo.config import TrainConfig, check
-from dpo.data import Encoded
 from dpo.evals import world_reward
 from dpo.preference import PreferenceObjective
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
+from dpo.tokens import Encoded
 from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate

@@ -13,10 +13,13 @@ import torch
 from omegaconf import DictConfig
 
 from dpo.config import preference_loss_of
-from dpo.data import Encoded, Example, encode_all, find_dataset, read_examples, split_by_prompt
+from dpo.data import read_examples, split_by_prompt
+from dpo.files import find_dataset
+from dpo.formats import Example
 from dpo.preference import PreferenceObjective
 from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
+from dpo.tokens import Encoded, encode_all
 from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.config import read_model_config

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dpo.data import Encoded
 from dpo.preference import PreferenceObjective
+from dpo.tokens import Encoded
 from models.stream import Stream
 from models.transformer import Transformer
 

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from dpo.beta_dpo import DynamicBeta
 from dpo.coupled import Measured
-from dpo.data import Encoded
 from dpo.dr_dpo import dr_dpo_loss
 from dpo.logprobs import sum_over_responses, token_logps, token_logps_and_log_sum_sq
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES, PrefLoss
 from dpo.metrics import preference_metrics
 from dpo.reference import MovingReference, Reference
+from dpo.tokens import Encoded
 from dpo.wpo import wpo_weights
 from models.stream import Stream
 from models.transformer import Transformer

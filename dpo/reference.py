@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpo.checkpoint import trainable
-from dpo.data import Encoded
 from dpo.logprobs import token_logps
+from dpo.tokens import Encoded
 from models.lora import adapters_disabled, lora_layers, snapshot, using_adapter
 from models.stream import Stream
 from models.transformer import Transformer

@@ -33,8 +33,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo.data import Encoded
 from dpo.reference import Reference
+from dpo.tokens import Encoded
 from dpo.trainer import to_stream
 from models.stream import Stream
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dpo.data import NUMBERS, Example
+from dpo.formats import NUMBERS, Example
 from dpo.metrics import to_json
 from models.command import read_config_file
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS

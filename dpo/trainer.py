@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
-from dpo.data import NUMBERS, Encoded, Example
+from dpo.formats import NUMBERS, Example
 from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
 from dpo.optim import LossScale, build_adamw, clip_gradients, learning_rate_at
 from dpo.run import RunDir
+from dpo.tokens import Encoded
 from models.stream import Stream, pack
 from models.transformer import Transformer
 

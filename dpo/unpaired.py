@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dpo.coupled import Measured
-from dpo.data import Encoded
 from dpo.preference import PreferenceObjective
+from dpo.tokens import Encoded
 from models.stream import Stream
 from models.transformer import Transformer
 

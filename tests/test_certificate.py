@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dpo.certificate import certify
-from dpo.data import encode, read_examples
+from dpo.data import read_examples
 from dpo.losses import OFF, PREF_LOSSES
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import base_reference, frozen_reference
+from dpo.tokens import encode
 from dpo.trainer import to_stream
 from dpo.unpaired import UnpairedObjective
 from models.lora import inject_lora

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data import BadRow, Example, _example, encode, encode_all, find_dataset, read_examples, split_by_prompt
+from dpo.data import read_examples, split_by_prompt
+from dpo.files import find_dataset
+from dpo.formats import BadRow, Example, _example
+from dpo.tokens import encode, encode_all
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo import preference
-from dpo.data import Encoded, Example
+from dpo.formats import Example
 from dpo.losses import OFF, PREF_LOSSES
 from dpo.preference import (
     F_DIVERGENCES,
@@ -21,6 +21,7 @@ from dpo.preference import (
     preference_loss,
     shared_token_weights,
 )
+from dpo.tokens import Encoded
 from models.stream import pack
 
 BETA = 0.5

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.data import encode, read_examples
+from dpo.data import read_examples
 from dpo.fused import fused_logps
 from dpo.logprobs import sum_over_responses, token_logps
+from dpo.tokens import encode
 from dpo.trainer import to_stream
 from models.stream import pack
 from models.template import ChatTemplate

@@ -17,10 +17,11 @@ import dpo.reference
 import dpo.reference_cache
 from dpo.build import WORLD
 from dpo.config import EvalConfig, check
-from dpo.data import Encoded, Example
+from dpo.formats import Example
 from dpo.metrics import TIMING_KEYS
 from dpo.reference_cache import cached_reference, reference_key, row_key
 from dpo.run import check_resume
+from dpo.tokens import Encoded
 from dpo.trainer import to_stream
 from eval import preference
 from models.command import expand_arguments

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dpo.data import Example, read_examples
+from dpo.data import read_examples
+from dpo.formats import Example
 from dpo.run import RunDir, collect_sweep, write_results
 
 TRAIN = {"step": 5, "epoch": 0.5, "loss": 0.6931, "learning_rate": 5e-7, "rewards/margins": -0.0625}

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from dpo.build import WORLD
 from dpo.checkpoint import trainable
-from dpo.data import Encoded, Example
+from dpo.formats import Example
 from dpo.losses import OFF, PREF_LOSSES, PrefLoss
 from dpo.metrics import TIMING_KEYS
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import frozen_reference
+from dpo.tokens import Encoded
 from dpo.trainer import Objective, Plan, SFTObjective, Trainer, _Clock, evaluate
 from dpo.unpaired import UnpairedObjective
 from models.config import parse_model_config

@@ -15,10 +15,10 @@ import torch
 from test_trainer import config, random_rows, rows
 from torch import Tensor
 
-from dpo.data import Encoded
 from dpo.losses import OFF, PREF_LOSSES, QUANTITIES, apo_zero_unpaired_loss, kto_loss
 from dpo.metrics import Means
 from dpo.preference import preference_loss
+from dpo.tokens import Encoded
 from dpo.unpaired import Labelled, UnpairedObjective, with_mismatched
 from train import train
 
