@@ -80,6 +80,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     template = build_template(cfg)
     rows = build_rows(cfg, template)
     print_rows(rows.train, rows.evaluation, rows.skipped)
+    for warning in rows.warnings:
+        print(f"warning: {warning}")
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":

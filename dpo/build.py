@@ -5,20 +5,21 @@ a mistake in the config or the data is said in the first second.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from dpo.config import preference_loss_of
-from dpo.data import read_examples, split_by_prompt
-from dpo.files import find_dataset
+from dpo.config import as_list, preference_loss_of
+from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, trained_prompts
 from dpo.formats import Example
 from dpo.preference import PreferenceObjective
 from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
+from dpo.sources import Source, find_dataset
 from dpo.tokens import Encoded, encode_all
 from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
@@ -37,6 +38,8 @@ class Rows:
     train: list[Encoded]
     evaluation: list[Encoded]
     skipped: list[str]
+    warnings: list[str] = field(default_factory=list)
+    """what is odd about them, a line each."""
 
 
 def build_template(cfg: DictConfig) -> ChatTemplate:
@@ -61,24 +64,45 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     """Training and held-out rows, encoded."""
-    examples, skipped = _read(cfg, cfg.dataset, "train.jsonl")
+    datasets, skipped = _read(cfg, cfg.dataset, "train.jsonl")
+    examples, warnings = _mixed(cfg, datasets)
     held_out: list[Example] = []
     if cfg.eval_dataset:
-        held_out, more = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+        held_out, more = _held_out(cfg)
         skipped = skipped + more
+        both, prompts = trained_prompts(examples, held_out)
+        if both:
+            warnings.append(f"{both} of {prompts} held-out prompts are also trained on")
     elif cfg.val_size:
         examples, held_out = split_by_prompt(examples, cfg.val_size, cfg.seed)
     settings = {"cutoff_len": cfg.cutoff_len, "on_bad_row": cfg.on_bad_row}
     train, bad = encode_all(examples, template, **settings)
     evaluation, also_bad = encode_all(held_out, template, **settings) if held_out else ([], [])
     train, evaluation = (_as_the_loss_reads(cfg, rows) for rows in (train, evaluation))
-    return Rows(train, evaluation, skipped + bad + also_bad)
+    return Rows(train, evaluation, skipped + bad + also_bad, warnings)
 
 
 def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
-    examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+    examples, skipped = _held_out(cfg)
     rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
     return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+
+
+def _held_out(cfg: DictConfig) -> tuple[list[Example], list[str]]:
+    """The rows of every eval_dataset, one after the other: what is measured on is measured on whole."""
+    datasets, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+    return [example for examples in datasets.values() for example in examples], skipped
+
+
+def _mixed(cfg: DictConfig, datasets: dict[str, list[Example]]) -> tuple[list[Example], list[str]]:
+    """(the examples of several datasets as one list, warnings)."""
+    names, pools = list(datasets), list(datasets.values())
+    lengths = [len(pool) for pool in pools]
+    probs = None if cfg.interleave_probs is None else [float(p) for p in as_list(cfg.interleave_probs)]
+    order = mix_order(lengths, cfg.mix_strategy, probs, cfg.seed)
+    mixed = [pools[dataset][row] for dataset, row in order]
+    # Not what one would think: an interleaved dataset may be cut short, or repeated.
+    return mixed, [describe_mix(names, lengths, order)] if cfg.mix_strategy != "concat" else []
 
 
 def _as_the_loss_reads(cfg: DictConfig, rows: list[Encoded]) -> list[Encoded]:
@@ -95,9 +119,19 @@ def _row_kind(cfg: DictConfig) -> str:
     return "kto" if preference_loss_of(cfg).unpaired else "dpo"
 
 
-def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
-    path = WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
-    return read_examples(path, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
+def _read(cfg: DictConfig, names: Any, world_file: str) -> tuple[dict[str, list[Example]], list[str]]:
+    """(the examples of each dataset by its name, bad rows as one line each)."""
+    datasets: dict[str, list[Example]] = {}
+    skipped: list[str] = []
+    for name in as_list(names):
+        world = Source(name, (WORLD / "data" / world_file,))
+        datasets[name], bad = read_examples(
+            world if name == "world" else find_dataset(name, cfg.dataset_dir),
+            stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples,
+            data_format=cfg.data_format, ranking_to_pairs=cfg.ranking_to_pairs,
+        )  # fmt: skip
+        skipped += bad
+    return datasets, skipped
 
 
 def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:

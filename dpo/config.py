@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, ListConfig
 
+from dpo.data import MIX_STRATEGIES
+from dpo.formats import FORMATS
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
 from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
+from dpo.rankings import RANKING_TO_PAIRS
 from dpo.run import saved_keys
 from models.command import refuse_unset
 from models.template import TEMPLATES
@@ -52,6 +55,8 @@ class SharedConfig:
     beta_dpo_alpha: float = MISSING
     use_weighting: bool = MISSING
     dataset_dir: str = MISSING
+    data_format: str | None = MISSING
+    ranking_to_pairs: str = MISSING
     cutoff_len: int = MISSING
     max_samples: int | None = MISSING
     on_bad_row: str = MISSING
@@ -80,8 +85,10 @@ class TrainConfig(SharedConfig):
     lora_dropout: float = MISSING
     stage: str = MISSING
     do_train: bool = MISSING
-    dataset: str = MISSING
-    eval_dataset: str | None = MISSING
+    dataset: Any = MISSING
+    eval_dataset: Any = MISSING
+    mix_strategy: str = MISSING
+    interleave_probs: Any = MISSING
     val_size: float = MISSING
     disable_shuffling: bool = MISSING
     per_device_train_batch_size: int = MISSING
@@ -116,7 +123,7 @@ class EvalConfig(SharedConfig):
 
     task: str = MISSING
     run: str | None = MISSING
-    eval_dataset: str = MISSING
+    eval_dataset: Any = MISSING
     output_file: str | None = MISSING
 
 
@@ -129,6 +136,14 @@ AT_LEAST_1 = (lambda value: value >= 1), "must be at least 1"
 NOT_NEGATIVE = (lambda value: value >= 0), "must not be negative"
 POSITIVE = (lambda value: value > 0), "must be above 0"
 SHARE = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
+
+
+def _are_names(value: Any) -> bool:
+    names = as_list(value)
+    return bool(names) and all(isinstance(name, str) and name for name in names) and len({*names}) == len(names)
+
+
+DATASETS = _are_names, "expected a name or a path, or a list of them, each once"
 # Fields of PreferenceLoss that are config keys of the same name.
 TERM_KEYS = (
     "pref_ftx", "dpop_lambda", "len_reg_alpha", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
@@ -158,6 +173,11 @@ RULES: dict[str, tuple[Any, str]] = {
     "lora_rank": AT_LEAST_1,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,
+    "dataset": DATASETS,
+    "eval_dataset": DATASETS,
+    "data_format": _one_of(*FORMATS),
+    "ranking_to_pairs": _one_of(*RANKING_TO_PAIRS),
+    "mix_strategy": _one_of(*MIX_STRATEGIES),
     "val_size": NOT_NEGATIVE,
     "cutoff_len": ((lambda value: value >= 2), "must be at least 2: one prompt token and one response token"),
     "max_samples": AT_LEAST_1,
@@ -268,6 +288,7 @@ def _check_training(cfg: DictConfig) -> list[str]:
     for key, default in MOVES.items():
         if not cfg.sync_ref_model and cfg[key] != default:
             raise ValueError(f"{key}={cfg[key]}: not read without sync_ref_model=true; leave it at {default}")
+    _check_mixture(cfg)
     if cfg.val_size and cfg.eval_dataset:
         raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
     warnings = []
@@ -277,6 +298,21 @@ def _check_training(cfg: DictConfig) -> list[str]:
     if cfg.stage != "sft" and cfg.finetuning_type == "lora" and rate < 2e-6:
         warnings.append(f"learning_rate={rate:g} suits full fine-tuning; LoRA usually wants about 5e-6")
     return warnings
+
+
+def _check_mixture(cfg: DictConfig) -> None:
+    if cfg.interleave_probs is None:
+        return
+    given = f"interleave_probs={cfg.interleave_probs}"
+    if cfg.mix_strategy == "concat":
+        raise ValueError(f"{given} with mix_strategy=concat: is not read there; leave it out")
+    count = len(as_list(cfg.dataset))
+    try:
+        probs = [float(p) for p in as_list(cfg.interleave_probs)]
+    except (TypeError, ValueError):
+        probs = []
+    if len(probs) != count or not all(math.isfinite(p) and p > 0 for p in probs):
+        raise ValueError(f"{given}: expected a number above 0 for each of {count} datasets")
 
 
 def _check_moving_reference(cfg: DictConfig) -> None:

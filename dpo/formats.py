@@ -1,26 +1,22 @@
-"""Formats: a row of any known format becomes one Example.
+"""Formats: a row of any known format becomes Examples.
 
 An Example is a conversation that ends in a user turn, and the responses to compare: (chosen, rejected) for preference
-rows, one response for SFT and unpaired rows. Formats are recognised by their keys:
+rows, one response for SFT and unpaired rows. FORMATS is the table; a row's keys say which format it is of.
 
-    the guide's, ShareGPT ranking    conversations [{from, value}], chosen, rejected (strings or {from, value})
-    Alpaca ranking                   instruction, [input, system, history], chosen, rejected
-    prompt/chosen/rejected           strings, or messages [{role, content}]
-    unpaired (pref_loss: kto)        an SFT row with label (or kto_tag) true or false; a preference row gives two
-    SFT (stage: sft)                 conversations or messages ending in an assistant turn; instruction/output;
-                                     prompt/completion; a preference row gives its chosen response
+    SFT (stage: sft)           the last assistant turn, or chosen, output, completion or response; of a ranking the best
+    unpaired (pref_loss: kto)  an SFT row with label (or kto_tag) true or false; a pair gives two
 
 No row is repaired: a bad one is a BadRow, one line with file:line, the key and the rule.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from dpo.rankings import best_response, is_ranked, ranked_pairs
+from dpo.turns import MARK, BadRow, Row, check_turns, dialogue_of, given, is_number, show, text_of, turn_of, turns_of
 from models.template import Message
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -38,55 +34,96 @@ class Example:
     """the probability that chosen is the better one, where the row says it."""
     label: bool | None = None
     """whether the one response of an unpaired row is desirable."""
+    dimensions: dict[str, dict[str, float]] | None = None
+    """scores of chosen and rejected by dimension: {"safety": {"chosen": 5, "rejected": 4}}, where the row has them."""
 
 
-class BadRow(ValueError):
-    """A row that cannot be used; str() is one line with file:line, the rule and what was given."""
+# A prompt with what answers it.
+Reading = tuple[list[Message], tuple[str, ...]]
 
 
-def examples_of(row: Any, source: str, stage: str) -> list[Example]:
+@dataclass(frozen=True)
+class Format:
+    needs: tuple[str, ...]
+    """keys without which a row is not of this format."""
+    fits: Callable[[Row], bool]
+    read: Callable[[Row, bool, str], list[Reading]]
+    """(row, whether pairs are wanted or one response, ranking_to_pairs) -> readings."""
+
+
+def examples_of(
+    row: Any, source: str, stage: str, *, data_format: str | None = None, ranking_to_pairs: str = "best_worst"
+) -> list[Example]:
     """The Examples of one parsed row; BadRow names the key, the rule and what was given.
 
     stage: dpo asks for two responses, sft for one, kto for one with a label: a pair gives two of those.
+    data_format: a key of FORMATS; None: the first that fits the row.
     """
-    example = _example(row, source, "dpo" if stage == "kto" and isinstance(row, dict) and "chosen" in row else stage)
-    return _unpaired(example) if stage == "kto" and len(example.responses) == 2 else [example]
-
-
-def _example(row: Any, source: str, stage: str) -> Example:
     if isinstance(row, BadRow):
         raise row
-    if not isinstance(row, dict):
-        raise BadRow(f"{source}: a row must be an object, got {type(row).__name__}")
     try:
-        messages = _messages(row)
-        responses: tuple[str, ...]
-        label = None
-        if stage == "kto":
-            label = _label(row)
-        if stage in ("sft", "kto"):
-            messages, responses = _sft_response(row, messages)
-        else:
-            responses = (_response(row, "chosen"), _response(row, "rejected"))
-            if responses[0] == responses[1]:
-                raise BadRow("chosen equals rejected; a pair needs two different responses")
-        _check_turns(messages)
-        return Example(tuple(messages), responses, source, label=label, **_numbers(row))
+        examples = _examples(row, source, stage, data_format, ranking_to_pairs)
     except BadRow as error:
         raise BadRow(f"{source}: {error}") from None
+    if stage == "kto":
+        return [unpaired for example in examples for unpaired in _unpaired(example)]
+    return examples
 
 
-def _unpaired(pair: Example) -> list[Example]:
+def _examples(row: Any, source: str, stage: str, data_format: str | None, ranking_to_pairs: str) -> list[Example]:
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be an object, got {type(row).__name__}")
+    for key in ("tools", "images", "videos", "audios"):
+        if row.get(key) not in (None, "", "[]", [], {}):
+            raise BadRow(f"{key} must be empty, got {show(row[key])}; only text is trained on")
+    how = _format_of(row, data_format)
+    compared = how is FORMATS["ranked"] or any(row.get(key) is not None for key in ("chosen", "chosen_messages"))
+    pairs = stage == "dpo" or (stage == "kto" and compared)
+    label = _label(row) if stage == "kto" and not pairs else None
+    system: list[Message] = [{"role": "system", "content": text_of(row, "system")}] if given(row, "system") else []
+    examples = []
+    for prompt, responses in how.read(row, pairs, ranking_to_pairs):
+        messages = (*system, *prompt)
+        check_turns(messages)
+        numbers = _numbers(row)
+        examples.append(Example(messages, responses, source, label=label, dimensions=_dimensions(row), **numbers))
+    return examples
+
+
+def _format_of(row: Row, data_format: str | None) -> Format:
+    if data_format is not None:
+        for key in FORMATS[data_format].needs:
+            if row.get(key) is None:
+                raise BadRow(
+                    f"{key} is missing; data_format={data_format} needs {', '.join(FORMATS[data_format].needs)}"
+                )
+        return FORMATS[data_format]
+    fitting = next((how for how in FORMATS.values() if how.fits(row)), None)
+    if fitting is None:
+        keys = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
+        raise BadRow(
+            f"no known format has these keys: {keys}; expected {', '.join(PROMPTS)}, or whole conversations as chosen "
+            "and rejected"
+        )
+    return fitting
+
+
+def _unpaired(example: Example) -> list[Example]:
     """A pair as a desirable and an undesirable row."""
-    return [replace(pair, responses=(text,), label=i == 0) for i, text in enumerate(pair.responses)]
+    if len(example.responses) == 1:
+        return [example]
+    return [replace(example, responses=(text,), label=i == 0) for i, text in enumerate(example.responses)]
 
 
-def _label(row: dict[str, Any]) -> bool:
+# --- what a row says beside its texts ---
+
+
+def _label(row: Row) -> bool:
     key = "label" if "label" in row else "kto_tag"
     if key not in row:
         raise BadRow("label is missing; an unpaired row needs label (or kto_tag), or chosen and rejected")
     if not isinstance(row[key], bool):
-        raise BadRow(f"{key} must be true or false, got {_show(row[key])}")
+        raise BadRow(f"{key} must be true or false, got {show(row[key])}")
     return row[key]
 
 
@@ -98,70 +135,86 @@ NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
+def _numbers(row: Row) -> dict[str, float]:
     """weight, margin and soft_label of a row, as far as it has them."""
     numbers = {}
     for key, (rule, holds) in NUMBERS.items():
         value = row.get(key)
         if value is not None:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and abs(value) <= sys.float_info.max and holds(value)):
-                raise BadRow(f"{key} must be {rule}, got {_show(value)}")
+            if not (is_number(value) and holds(value)):
+                raise BadRow(f"{key} must be {rule}, got {show(value)}")
             numbers[key] = float(value)
     return numbers
 
 
-def _messages(row: dict[str, Any]) -> list[Message]:
-    key = next((key for key in ("conversations", "messages", "instruction", "prompt") if key in row), None)
-    if key is None:
-        keys = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
-        raise BadRow(f"no known format has these keys: {keys}; expected conversations, messages, instruction or prompt")
-    system = [{"role": "system", "content": _text(row, "system")}] if _given(row, "system") else []
+def _dimensions(row: Row) -> dict[str, dict[str, float]] | None:
+    dimensions = row.get("dimensions")
+    if dimensions is None:
+        return None
+    if not isinstance(dimensions, dict):
+        raise BadRow(f"dimensions must be an object, got {show(dimensions)}")
+    for name, scores in dimensions.items():
+        both = isinstance(scores, dict) and scores.keys() == {"chosen", "rejected"}
+        if not both or not all(map(is_number, scores.values())):
+            raise BadRow(f"dimensions: {name!r:.40} must be {{chosen: number, rejected: number}}, got {show(scores)}")
+    return dimensions
+
+
+# --- a prompt, and its responses beside it ---
+
+PROMPTS = ("conversations", "messages", "instruction", "prompt")
+
+
+def _prompt(row: Row, key: str) -> list[Message]:
     if key == "instruction":
-        text = _text(row, "instruction")
+        text = text_of(row, "instruction")
         # A blank line has no meaning here: LLaMA-Factory joins instruction and input by one newline.
-        text += "\n" + _text(row, "input") if _given(row, "input") else ""
-        return [*system, *_history(row), {"role": "user", "content": text}]
-    if key == "prompt" and not isinstance(row["prompt"], list):
-        return [*system, {"role": "user", "content": _text(row, "prompt")}]
-    turns = row[key]
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{key} must be a list of at least one turn, got {_show(turns)}")
-    return [*system, *(_turn(turn, f"{key}[{i}]") for i, turn in enumerate(turns))]
+        text += "\n" + text_of(row, "input") if given(row, "input") else ""
+        return [*_history(row), {"role": "user", "content": text}]
+    if key != "prompt" or isinstance(row["prompt"], list):
+        return turns_of(row[key], key)
+    text = text_of(row, "prompt")
+    if not MARK.match(text):
+        return [{"role": "user", "content": text}]
+    *turns, last = dialogue_of(text, "prompt")
+    # It may end in the mark of the turn that is to come.
+    return turns if last == {"role": "assistant", "content": ""} else [*turns, last]
 
 
-def _given(row: dict[str, Any], key: str) -> bool:
-    """Whether an optional key holds anything; null and "" are how datasets say no."""
-    return row.get(key) not in (None, "")
-
-
-def _history(row: dict[str, Any]) -> list[Message]:
+def _history(row: Row) -> list[Message]:
     history = [] if row.get("history") is None else row["history"]
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
-        raise BadRow(f"history must be a list of [question, answer] pairs, got {_show(history)}")
+        raise BadRow(f"history must be a list of [question, answer] pairs, got {show(history)}")
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
 
-def _turn(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRow(f"{where} must be an object with from and value (or role and content), got {_show(turn)}")
-    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"{where} has the role {_show(role)}; expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise BadRow(f"{where} must hold text, got {_show(content)}")
-    return {"role": ROLES[role], "content": content}
+def _read_beside(row: Row, pairs: bool, ranking_to_pairs: str, *, key: str) -> list[Reading]:
+    """The prompt under `key`, and its responses under keys of their own, or as the last turn of it."""
+    prompt = _prompt(row, key)
+    if pairs:
+        return [(prompt, _differing(_response(row, "chosen"), _response(row, "rejected")))]
+    if prompt[-1:] and prompt[-1]["role"] == "assistant":
+        *prompt, last = prompt
+        text = last["content"]
+    else:
+        answer = next((key for key in ("chosen", "output", "completion", "response") if row.get(key) is not None), None)
+        if answer is None:
+            raise BadRow("no response; expected a last assistant turn, chosen, output, completion or response")
+        text = _response(row, answer)
+    if not text.strip():
+        raise BadRow("the response is empty; every row needs a non-empty one")
+    return [(prompt, (text,))]
 
 
-def _response(row: dict[str, Any], side: str) -> str:
+def _response(row: Row, side: str) -> str:
     value = row.get(side)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):
-        turn = _turn(value, side)
+        turn = turn_of(value, side)
         if turn["role"] != "assistant":
             raise BadRow(f"{side} is a {turn['role']} turn; expected the assistant's")
         value = turn["content"]
@@ -169,46 +222,108 @@ def _response(row: dict[str, Any], side: str) -> str:
         unpaired = "; rows with a label are for pref_loss=kto" if "label" in row or "kto_tag" in row else ""
         raise BadRow(f"{side} is missing; a preference row needs chosen and rejected{unpaired}")
     if not isinstance(value, str):
-        raise BadRow(f"{side} must be text or one assistant turn, got {_show(value)}")
+        raise BadRow(f"{side} must be text or one assistant turn, got {show(value)}")
     if not value.strip():
         raise BadRow(f"{side} is empty; every row needs non-empty responses")
     return value
 
 
-def _sft_response(row: dict[str, Any], messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
-    if messages[-1]["role"] == "assistant":
-        messages, text = messages[:-1], messages[-1]["content"]
+def _differing(chosen: str, rejected: str) -> tuple[str, str]:
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected; a pair needs two different responses")
+    return chosen, rejected
+
+
+# --- whole conversations on both sides ---
+
+
+def _read_whole(
+    row: Row, pairs: bool, ranking_to_pairs: str, *, keys: tuple[str, str], parse: Callable[[Any, str], list[Message]]
+) -> list[Reading]:
+    """Two conversations that are the same but for their last turn."""
+    sides = []
+    for key in keys if pairs else keys[:1]:
+        if row.get(key) is None:
+            raise BadRow(f"{key} is missing; a preference row needs {' and '.join(keys)}")
+        turns = parse(row[key], key)
+        if turns[-1]["role"] != "assistant":
+            raise BadRow(f"{key} ends in a {turns[-1]['role']} turn; expected the assistant's")
+        if not turns[-1]["content"].strip():
+            raise BadRow(f"the last turn of {key} is empty; every row needs non-empty responses")
+        sides.append(turns)
+    prompt, other = sides[0][:-1], sides[-1][:-1]
+    if prompt != other:
+        turn = next(
+            (i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), min(map(len, sides)) - 1
+        )
+        raise BadRow(f"{' and '.join(keys)} differ at turn {turn + 1}, before their last; both must answer one prompt")
+    for key in PROMPTS:
+        if given(row, key):
+            _check_stated(row[key], key, sides)
+    responses = [turns[-1]["content"] for turns in sides]
+    return [(prompt, _differing(*responses) if pairs else (responses[0],))]
+
+
+def _check_stated(stated: Any, key: str, sides: list[list[Message]]) -> None:
+    """A prompt beside whole conversations is theirs, or one of them whole; a text is one of their user turns."""
+    if isinstance(stated, str):
+        same = {"role": "user", "content": stated} in sides[0]
     else:
-        key = next((key for key in ("chosen", "output", "completion", "response") if key in row), None)
-        if key is None:
-            raise BadRow("no response; expected a last assistant turn, chosen, output, completion or response")
-        text = _response(row, key)
-    if not text.strip():
-        raise BadRow("the response is empty; every row needs a non-empty one")
-    return messages, (text,)
+        same = turns_of(stated, key) in [sides[0][:-1], *sides]
+    if not same:
+        raise BadRow(f"{key} is not what the conversations begin with, got {show(stated)}; leave it out or make it so")
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
-    """After an optional system turn, user and assistant alternate, and the user has the last word."""
-    turns = [m["role"] for m in messages]
-    spoken = turns[1:] if turns[:1] == ["system"] else turns
-    expected = [("user", "assistant")[i % 2] for i in range(len(spoken))]
-    if not spoken or spoken != expected or spoken[-1] != "user":
-        shown = ", ".join(turns[:6]) + (", ..." if len(turns) > 6 else "")
-        raise BadRow(f"turns are {shown or 'none'}; expected [system,] user, assistant, ..., user before the response")
-    if not messages[-1]["content"].strip():
-        raise BadRow("the last user turn is empty; nothing to respond to")
+def _is_whole(row: Row) -> bool:
+    sides = [side for side in (row.get("chosen"), row.get("rejected")) if isinstance(side, list)]
+    if len(sides) < 2:
+        return False
+    return any(len(side) > 1 for side in sides) or not any(row.get(key) is not None for key in PROMPTS)
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise BadRow(f"{key} must be text, got {_show(row[key])}")
-    return row[key]
+def _is_dialogue(row: Row) -> bool:
+    sides = (row.get("chosen"), row.get("rejected"))
+    marked = any(isinstance(side, str) and MARK.match(side) for side in sides)
+    return marked and not any(row.get(key) is not None for key in PROMPTS)
 
 
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:  # nested as deeply as the JSON parser allows
-        text = "nested too deeply to show"
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+# --- several scored responses ---
+
+
+def _read_ranked(row: Row, pairs: bool, ranking_to_pairs: str) -> list[Reading]:
+    key = next((key for key in PROMPTS if row.get(key) is not None), None)
+    if key is None:
+        raise BadRow(f"no prompt beside the ranked responses; expected one of {', '.join(PROMPTS)}")
+    prompt = _prompt(row, key)
+    if not pairs:
+        return [(prompt, (best_response(row),))]
+    return [(prompt, pair) for pair in ranked_pairs(row, ranking_to_pairs)]
+
+
+def _beside(key: str) -> Format:
+    return Format((key,), lambda row: row.get(key) is not None, partial(_read_beside, key=key))
+
+
+V1 = ("chosen_messages", "rejected_messages")
+PAIR = ("chosen", "rejected")
+# The first that fits is a row's format: those that need more before those that need less.
+FORMATS: dict[str, Format] = {
+    # {"chosen_messages": [{role, content: [{type: text, value}]}, ...], "rejected_messages": [...]}
+    "llamafactory_v1": Format(
+        V1, lambda row: any(row.get(key) is not None for key in V1), partial(_read_whole, keys=V1, parse=turns_of)
+    ),
+    # {"prompt": ..., "completions": [{response, overall_score}, ...]}; see dpo.rankings
+    "ranked": Format((), is_ranked, _read_ranked),
+    # {"chosen": [{role, content}, ...], "rejected": [...]}: whole conversations, as TRL has them
+    "whole": Format(PAIR, _is_whole, partial(_read_whole, keys=PAIR, parse=turns_of)),
+    # {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}
+    "hh": Format(PAIR, _is_dialogue, partial(_read_whole, keys=PAIR, parse=dialogue_of)),
+    # {"conversations": [{from, value}], "chosen": text or {from, value}, "rejected": ...}: the guide's, and ShareGPT's
+    "conversations": _beside("conversations"),
+    # {"messages": [{role, content}], ...}: OpenAI's
+    "messages": _beside("messages"),
+    # {"instruction": ..., "input": ..., "system": ..., "history": [[question, answer]], "chosen": ..., "rejected": ...}
+    "alpaca": _beside("instruction"),
+    # {"prompt": text or [{role, content}], "chosen": text or [{role, content}], "rejected": ...}: TRL's
+    "prompt": _beside("prompt"),
+}

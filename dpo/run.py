@@ -96,7 +96,9 @@ class RunDir:
                 else:
                     turns.append({"from": "assistant", "value": example.responses[0]})
                     row["label"] = example.label
-                row |= {name: value for name in NUMBERS if (value := getattr(example, name)) is not None}
+                row |= {
+                    name: value for name in (*NUMBERS, "dimensions") if (value := getattr(example, name)) is not None
+                }
                 file.write(json.dumps(row) + "\n")
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -173,6 +175,7 @@ def saved_keys(run: str, wanted: Collection[str]) -> dict[str, Any]:
     keys = {k: v for k, v in saved.items() if k in wanted and k != "max_samples" and v is not None}
     if (path / HELD_OUT).is_file():
         keys["eval_dataset"] = str(path / HELD_OUT)
+        keys.pop("data_format", None)  # it was of the rows that were held out of
     if (path / ADAPTER_CONFIG).is_file():
         started_from = saved.get("adapter_name_or_path")
         # A continued adapter was its own reference, unless another was named.

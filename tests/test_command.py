@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
-from dpo.config import EvalConfig, TrainConfig, check, preference_loss_of
+from dpo.config import EvalConfig, TrainConfig, as_list, check, preference_loss_of
 from models.command import ANY, WITHOUT_EFFECT, _quote, expand_arguments, one_line_errors, prepare_command_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -104,6 +104,19 @@ def test_several_losses_reach_the_config_typed_or_from_a_file(tmp_path, schema):
         assert [weight for _, weight in loss.losses] == [0.8, 0.2, 1.0], arguments
 
 
+def test_several_datasets_reach_the_config_typed_or_from_a_file(tmp_path):
+    """[a,b] is two datasets in one run, as is LLaMA-Factory's text with commas; in a multirun a,b is two runs."""
+    file = yaml_file(tmp_path, "dataset: a, b\ninterleave_probs: 0.7, 0.3\nmix_strategy: interleave_under\n")
+    for arguments in (
+        ["dataset=[a,b]", "interleave_probs=[0.7,0.3]"],
+        ["dataset=a,b", "interleave_probs=0.7,0.3"],
+        [file],
+    ):
+        cfg = composed(arguments)
+        assert as_list(cfg.dataset) == ["a", "b"] and [float(p) for p in as_list(cfg.interleave_probs)] == [0.7, 0.3]
+    assert expand_arguments(["-m", "dataset=a,b"], TrainConfig)[0][:2] == ["-m", "dataset=a,b"]
+
+
 def test_in_a_multirun_a_comma_between_losses_is_a_sweep_and_one_in_brackets_is_not():
     for typed in ("pref_loss=sigmoid,hinge", "pref_loss=[sigmoid,sft],hinge"):
         assert expand_arguments(["-m", typed], TrainConfig)[0] == ["-m", typed]
@@ -183,7 +196,7 @@ MISTAKES = {
     "int_text": ("seed=many", "seed=many: expected a whole number"),
     "bool": ("bf16=maybe", "bf16=maybe: expected true or false"),
     "optional_int": ("max_samples=all", "max_samples=all: expected a whole number or null"),
-    "list": ("dataset=[a,b]", "dataset=['a', 'b']: expected text"),
+    "list": ("dataset_dir=[a,b]", "dataset_dir=['a', 'b']: expected text"),
     "bracket": ("dataset=[a", "dataset=[a: not readable as key=value"),
     "brace": ("dataset={a", "dataset={a: not readable as key=value"),
     "equals": ("dataset=a=b", "dataset=a=b: not readable as key=value"),

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
 from dpo.config import RULES, TERM_KEYS, EvalConfig, SharedConfig, TrainConfig, check, preference_loss_of
+from dpo.formats import FORMATS
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
 from dpo.preference import F_DIVERGENCES, Pairs, PreferenceLoss, PreferenceObjective
@@ -268,6 +269,11 @@ EDGES: dict[str, tuple[list, list]] = {
     "gradient_accumulation_steps": ([0], [1]),
     "learning_rate": ([0.0, -1e-7, float("inf"), float("nan")], [1e-9]),
     "lr_scheduler_type": (["polynomial"], list(SCHEDULES)),
+    "dataset": ([5, "", [], ["a", 5], ["a", "b", "a"], "a,a", True], ["a", "a,b", ["a", "b"], ["a,b"]]),
+    "eval_dataset": ([5, ["a", "a"]], ["a", ["a", "b"]]),
+    "data_format": (["sharegpt"], [None, *FORMATS]),
+    "ranking_to_pairs": (["best"], ["best_worst", "best_rest", "all"]),
+    "mix_strategy": (["interleave"], ["concat", "interleave_under", "interleave_over"]),
     "warmup_ratio": ([1.0, -0.1], [0.0, 0.99]),
     "warmup_steps": ([-1], [0]),
     "num_train_epochs": ([0.0, -1.0, float("inf")], [0.1]),
@@ -311,6 +317,24 @@ def test_rules_name_the_choices(default):
 
 
 # --- the loss ---
+
+
+@pytest.mark.parametrize(
+    "given", [[0.5], [1, 2, 3], [0.5, 0], [1, -1], [1, float("nan")], [1, "x"], "1", 0.5, [None, 1]]
+)
+def test_probabilities_are_one_positive_number_for_each_dataset(default, given):
+    mixed = changed(default, dataset=["a", "b"], mix_strategy="interleave_under")
+    for good in (None, [0.7, 0.3], "0.7,0.3", [2, 1]):
+        check(changed(mixed, interleave_probs=good))
+    with pytest.raises(ValueError, match=r"^interleave_probs=.*: expected a number above 0 for each of 2 datasets"):
+        check(changed(mixed, interleave_probs=given))
+
+
+def test_probabilities_are_refused_where_nothing_is_drawn(default):
+    with pytest.raises(
+        ValueError, match=r"^interleave_probs=\[1, 1\] with mix_strategy=concat: is not read there; leave it out$"
+    ):
+        check(changed(default, dataset=["a", "b"], interleave_probs=[1, 1]))
 
 
 @pytest.mark.parametrize("given", [["sigmoid", "bco_pair"], "sigmoid,bco_pair", "sigmoid, bco_pair"])

@@ -5,12 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dpo.data import read_examples, split_by_prompt
-from dpo.files import find_dataset
-from dpo.formats import BadRow, Example, _example
+from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, trained_prompts
+from dpo.formats import BadRow, Example, examples_of
 from dpo.tokens import encode, encode_all
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
@@ -358,7 +355,7 @@ def test_a_value_nested_too_deeply_to_show_is_a_bad_row():
     for _ in range(100_000):
         nested = [nested]
     with pytest.raises(BadRow, match=r"^f:1: chosen must be text or one assistant turn, got list"):
-        _example({**GOOD, "chosen": [nested, nested]}, "f:1", "dpo")
+        examples_of({**GOOD, "chosen": [nested, nested]}, "f:1", "dpo")
 
 
 @FILES
@@ -368,46 +365,6 @@ def test_max_samples_counts_rows_from_the_start_and_reads_no_further(tmp_path, n
     text = text.rstrip().removesuffix("]") + (", {broken" if name == "rows.json" else "{broken")
     examples, bad = read(tmp_path, text, name=name, on_bad_row="skip", max_samples=2)
     assert (len(examples), len(bad)) == (1, 1)
-
-
-KEYS = ["conversations", "messages", "prompt", "instruction", "input", "system", "history", "chosen", "rejected"]
-KEYS += ["output", "completion", "from", "value", "role", "content"]
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-LEAVES |= st.sampled_from(["user", "assistant", "system", "human", "gpt"])
-VALUES = st.recursive(
-    LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS), v, max_size=3), max_leaves=8
-)
-ROWS = VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6)
-
-
-@settings(deadline=None, max_examples=300)
-@given(row=ROWS, stage=st.sampled_from(["dpo", "sft"]))
-def test_any_json_value_gives_an_example_or_a_bad_row(tmp_path_factory, row, stage):
-    folder = tmp_path_factory.getbasetemp()
-    try:
-        (example,), bad = read(folder, json.dumps(row), stage=stage)
-    except BadRow as error:
-        assert str(error).startswith(f"{folder}/rows.jsonl:1: ")
-    else:
-        assert len(example.responses) == {"dpo": 2, "sft": 1}[stage] and bad == []
-        assert example.messages[-1]["role"] == "user" and all(text.strip() for text in example.responses)
-
-
-# --- finding a dataset ---
-
-
-def test_a_dataset_is_a_path_or_a_name_in_dataset_dir(tmp_path):
-    for name in ("a.json", "b.jsonl", "c.csv", "d"):
-        (tmp_path / name).write_text("[]")
-    for dataset in (str(tmp_path / "a.json"), "a.json", "a"):
-        assert find_dataset(dataset, str(tmp_path)) == tmp_path / "a.json"
-    assert find_dataset("b", str(tmp_path)) == tmp_path / "b.jsonl"
-    with pytest.raises(ValueError, match=r"dataset=e: no such file; looked for e, .*/e, .*/e\.json, .*/e\.jsonl"):
-        find_dataset("e", str(tmp_path))
-    with pytest.raises(ValueError, match=r"dataset=c\.csv: \.csv suffix"):
-        find_dataset("c.csv", str(tmp_path))
-    with pytest.raises(ValueError, match="dataset=d: no suffix"):
-        find_dataset("d", str(tmp_path))
 
 
 # --- tokens ---
@@ -554,24 +511,63 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused(val_size):
         split_by_prompt(POOL, val_size, seed=0)
 
 
-# --- real files ---
+# --- mixing ---
 
 
-@pytest.mark.real
-def test_polite_impolite_has_six_rows_whose_responses_are_equal(real):
-    path = real / "preferences" / "polite_impolite.json"
-    examples, bad = read_examples(path, stage="dpo", on_bad_row="skip")
-    assert (len(examples), len(bad)) == (1094, 6)
-    assert all("chosen equals rejected" in line for line in bad)
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2), (4,), (1, 5, 2), (3, 3)])
+@pytest.mark.parametrize("strategy", ["interleave_under", "interleave_over"])
+def test_rows_taken_in_turn_are_those_of_hugging_faces_datasets(strategy, lengths):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    pools = [datasets.Dataset.from_dict({"x": [f"{d}.{i}" for i in range(n)]}) for d, n in enumerate(lengths)]
+    until = "first_exhausted" if strategy == "interleave_under" else "all_exhausted"
+    theirs = datasets.interleave_datasets(pools, stopping_strategy=until)["x"]
+    assert [f"{d}.{i}" for d, i in mix_order(lengths, strategy, None, seed=0)] == list(theirs)
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("name", ["dpo_en_demo.json", "dpo_zh_demo.json"])
-def test_llama_factorys_demo_pairs_load_and_fit_their_template(real, template, name):
-    examples, bad = read_examples(real / "preferences" / name, stage="dpo", on_bad_row="stop")
-    assert (len(examples), bad) == (300, [])
-    rows, bad = encode_all(examples[:30], template, cutoff_len=2048, on_bad_row="skip")
-    assert len(rows) + len(bad) == 30 and all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= 2048 for r in rows)
+def test_concat_is_one_after_the_other_whatever_the_seed():
+    assert mix_order((2, 1), "concat", None, seed=5) == [(0, 0), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_drawn_stop_where_the_first_or_each_dataset_is_used_up(seed):
+    """Each dataset's rows come in their order; the draw that uses a dataset up is the last."""
+    lengths, probs = (6, 9, 4), (0.5, 0.3, 0.2)
+    for strategy, used_up in (("interleave_under", any), ("interleave_over", all)):
+        order = mix_order(lengths, strategy, probs, seed)
+        for dataset, length in enumerate(lengths):
+            rows = [row for d, row in order if d == dataset]
+            assert rows == [i % length for i in range(len(rows))]
+        ends = [used_up(sum(d == k for d, _ in order[:n]) >= length for k, length in enumerate(lengths))
+                for n in range(len(order) + 1)]  # fmt: skip
+        assert ends.index(True) == len(order)
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    """Of 700 draws at 0.75 three in four, within five standard deviations (11.5 each); weights need not sum to 1."""
+    order = mix_order((600, 600), "interleave_under", (3, 1), seed=1)
+    assert mix_order((600, 600), "interleave_under", (0.75, 0.25), seed=1) == order
+    assert mix_order((600, 600), "interleave_under", (3, 1), seed=2) != order
+    assert abs(sum(d == 0 for d, _ in order[:700]) - 525) < 57
+
+
+def test_a_mixture_says_how_many_rows_each_dataset_gives():
+    order = mix_order((2, 4), "interleave_over", None, seed=0)
+    assert describe_mix(["a", "b"], (2, 4), order) == "mixed: 4 rows from the 2 of a, 4 rows from the 4 of b"
+
+
+def test_a_split_holds_over_mixed_rows_that_repeat():
+    """A row that interleave_over repeats is on one side, with every repetition."""
+    repeated = [POOL[row] for _, row in mix_order((40, 90), "interleave_over", None, seed=0) if row < 40]
+    train, held = split_by_prompt(repeated, 0.2, seed=0)
+    assert not prompts(train) & prompts(held) and len(train) + len(held) == len(repeated) > 80
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_once_each():
+    """Of the prompts q0, q1 and q2, the first two are trained on; another system prompt makes another prompt."""
+    other = Example(messages("system: s", "user: q0"), ("c", "r"), "f:1")
+    assert trained_prompts(POOL[:2], [POOL[0], POOL[15], POOL[1], POOL[2]]) == (2, 3)
+    assert trained_prompts([other], POOL) == (0, 15)
 
 
 # --- numbers of a row ---

@@ -1,5 +1,6 @@
 """What the README says is so: its commands compose, its files exist, and no file is left out."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import eval as eval_entry
 import train as train_entry
 from dpo import losses
 from dpo.config import EvalConfig, TrainConfig
+from dpo.formats import FORMATS, examples_of
 from models.chat import ChatConfig
 from models.command import expand_arguments
 from models.export import ExportConfig
@@ -75,6 +77,19 @@ def test_every_path_that_is_named_exists():
     assert len(paths) > 10
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_every_format_has_a_row_in_the_readme_and_the_row_is_of_that_format():
+    """`[...]` stands for the same with another last turn."""
+    table = re.search(r"\| data_format \|.*?\n\n", README, re.DOTALL)[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| `(\{.*?\})`(?:,| \(| \|)", table, re.MULTILINE))
+    assert list(shown) == list(FORMATS)
+    for name, text in shown.items():
+        first = re.search(r"\[\{.*\}\](?=, \"rejected)", text)
+        row = json.loads(text.replace("[...]", first[0].replace("Hello", "No") if first else ""))
+        assert next(name for name, how in FORMATS.items() if how.fits(row)) == name
+        (example,) = examples_of(row, "f:1", "dpo")
+        assert example.responses in (("Hello", "No"), ("Salut", "Hi")) and example.messages[0]["role"] == "user"
 
 
 def test_the_licence_and_the_metadata_agree():
