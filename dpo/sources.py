@@ -7,7 +7,7 @@ the rows are, under which keys, and which words its turns use. Left out: ModelSc
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -118,12 +118,9 @@ def _registered(name: str, entry: Any, directory: Path) -> Source:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {entry!r:.40}; expected an object")
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    for said, known, what in ((entry, ENTRY, ""), (columns, COLUMNS, "columns."), (tags, TAGS, "tags.")):
-        for key, value in said.items() if isinstance(said, dict) else [(what[:-1], said)]:
-            if not isinstance(said, dict) or key not in known:
-                raise ValueError(f"{where} has {what}{key}={value!r:.40}; expected some of {', '.join(known)}")
-            if (what or key in PLACES) and value is not None and not isinstance(value, str):
-                raise ValueError(f"{where} has {what}{key}={value!r:.40}; expected text")
+    _check_keys(entry, ENTRY, PLACES, f"{where} has ")
+    _check_keys(columns, COLUMNS, COLUMNS, f"{where} has columns: ")
+    _check_keys(tags, TAGS, TAGS, f"{where} has tags: ")
     formatting, count = entry.get("formatting", "alpaca"), entry.get("num_samples")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ValueError(f"{where} has formatting={formatting!r:.40}; expected alpaca, sharegpt or openai")
@@ -141,6 +138,17 @@ def _registered(name: str, entry: Any, directory: Path) -> Source:
         raise ValueError(f"{where} gives {given}; only file_name and hf_hub_url are read")
     columns = {COLUMNS[column]: key for column, key in columns.items() if key is not None}
     return Source(name, files, count, columns, {tag: word for tag, word in tags.items() if word is not None})
+
+
+def _check_keys(said: Any, known: Collection[str], texts: Collection[str], has: str) -> None:
+    """ValueError for a key that is not known, and for one of `texts` that is no text."""
+    if not isinstance(said, dict):
+        raise ValueError(f"{has}{said!r:.40}; expected an object")
+    for key, value in said.items():
+        if key not in known:
+            raise ValueError(f"{has}{key}={value!r:.40}; expected some of {', '.join(known)}")
+        if key in texts and not isinstance(value, str | None):
+            raise ValueError(f"{has}{key}={value!r:.40}; expected text")
 
 
 def _fetch(

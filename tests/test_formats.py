@@ -15,10 +15,10 @@ from dpo.rankings import RANKING_TO_PAIRS
 from dpo.sources import find_dataset
 from dpo.turns import ROLES
 
-# The short form is the plain `pytest`'s; see tests/README.md.
-FUZZ = settings(
-    deadline=None, max_examples=int(os.environ.get("DPO_FUZZ", 150)), derandomize="DPO_FUZZ" not in os.environ
-)
+
+def fuzz(short: int) -> settings:
+    """The short form is the plain `pytest`'s; DPO_FUZZ=10000 is the long one, see tests/README.md."""
+    return settings(deadline=None, max_examples=int(os.environ.get("DPO_FUZZ", short)), derandomize=True)
 
 
 def turn(role: str, content: object) -> dict:
@@ -304,7 +304,7 @@ ROWS = VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6)
 STAGES, POLICIES = st.sampled_from(["dpo", "sft", "kto"]), st.sampled_from(list(RANKING_TO_PAIRS))
 
 
-@FUZZ
+@fuzz(80)
 @given(row=ROWS, stage=STAGES, data_format=st.none() | st.sampled_from(list(FORMATS)), ranking_to_pairs=POLICIES)
 def test_any_json_value_gives_examples_or_a_bad_row(tmp_path_factory, row, stage, data_format, ranking_to_pairs):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -328,7 +328,9 @@ TEXT = st.text(min_size=1, max_size=30).filter(str.strip) | st.sampled_from(
     [" a ", "a\r\n", "\u2028b\x00", "\ud800c", "é"]
 )
 NO_MARK = TEXT.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
-PROMPT = st.lists(NO_MARK, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2)
+PROMPT = st.builds(
+    lambda pairs, last: [*sum(pairs, ()), last], st.lists(st.tuples(NO_MARK, NO_MARK), max_size=2), NO_MARK
+)
 SIDES = st.lists(NO_MARK, min_size=2, max_size=2, unique=True)
 
 
@@ -350,7 +352,7 @@ def in_every_format(prompt: list[str], chosen: str, rejected: str) -> dict[str, 
     }
 
 
-@FUZZ
+@fuzz(80)
 @given(prompt=PROMPT, sides=SIDES, ascii_only=st.booleans())
 def test_texts_come_back_as_they_were_written_from_every_format(tmp_path_factory, prompt, sides, ascii_only):
     rows = in_every_format(prompt, *sides)
