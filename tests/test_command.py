@@ -380,6 +380,16 @@ def test_run_of_a_whole_model_is_compared_with_the_model_it_started_from(tmp_pat
     assert cfg.ref_model == "other"
 
 
+def test_run_reads_its_own_held_out_rows_in_the_format_that_it_wrote_them_in(tmp_path):
+    """data_format was of the rows that they were held out of."""
+    run = saved_run(tmp_path / "a", data_format="hh", ranking_to_pairs="all")
+    assert composed([run], EvalConfig).data_format == "hh"
+    (tmp_path / "a" / "held_out.jsonl").touch()
+    cfg = composed([run], EvalConfig)
+    assert (cfg.eval_dataset, cfg.data_format) == (str(tmp_path / "a" / "held_out.jsonl"), None)
+    assert composed([saved_run(tmp_path / "b", eval_dataset=["c", "d"])], EvalConfig).eval_dataset == ["c", "d"]
+
+
 def test_run_without_held_out_rows_leaves_the_choice_of_them_open(tmp_path):
     """A run with val_size saved no eval_dataset; null is no value that could be passed on."""
     with pytest.raises(ValueError, match=r"^eval_dataset is not set; pass eval_dataset=\.\.\.$"):

@@ -258,13 +258,14 @@ def test_an_override_and_a_metric_of_one_name_are_two_columns(tmp_path, key, met
     assert str(metric[name]) in row.values()
 
 
-def test_held_out_pairs_come_back_with_their_weights_margins_and_labels(tmp_path):
+def test_held_out_pairs_come_back_with_all_that_their_rows_say(tmp_path):
+    scores = {"safety": {"chosen": 5.0, "rejected": 4.0}}
     messages = ({"role": "user", "content": "Hi"},)
     examples = [
-        Example(messages, ("Yes", "No"), "f:1", weight=0.5, margin=2.0, soft_label=0.75),
+        Example(messages, ("Yes", "No"), "f:1", weight=0.5, margin=2.0, soft_label=0.75, dimensions=scores),
         Example(messages, ("A", "B"), "f:2"),
     ]
     RunDir(tmp_path / "run", overwrite=False, resume=False).write_held_out(examples)
     read, _ = read_examples(tmp_path / "run" / "held_out.jsonl", stage="dpo", on_bad_row="stop")
-    fields = ("messages", "responses", "weight", "margin", "soft_label")
+    fields = ("messages", "responses", "weight", "margin", "soft_label", "dimensions")
     assert [[getattr(e, f) for f in fields] for e in read] == [[getattr(e, f) for f in fields] for e in examples]
