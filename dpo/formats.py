@@ -81,13 +81,14 @@ def _examples(row: Any, source: str, stage: str, data_format: str | None, rankin
     pairs = stage == "dpo" or (stage == "kto" and compared)
     label = _label(row) if stage == "kto" and not pairs else None
     system: list[Message] = [{"role": "system", "content": text_of(row, "system")}] if given(row, "system") else []
-    examples = []
-    for prompt, responses in how.read(row, pairs, ranking_to_pairs):
-        messages = (*system, *prompt)
+    readings = [((*system, *prompt), responses) for prompt, responses in how.read(row, pairs, ranking_to_pairs)]
+    for messages, _ in readings:
         check_turns(messages)
-        numbers = _numbers(row)
-        examples.append(Example(messages, responses, source, label=label, dimensions=_dimensions(row), **numbers))
-    return examples
+    dimensions, numbers = _dimensions(row), _numbers(row)
+    return [
+        Example(messages, responses, source, label=label, dimensions=dimensions, **numbers)
+        for messages, responses in readings
+    ]
 
 
 def _format_of(row: Row, data_format: str | None) -> Format:

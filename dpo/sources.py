@@ -80,12 +80,12 @@ class Source:
 
 def find_dataset(dataset: str, dataset_dir: str) -> Source:
     """The source that a name stands for; ValueError names where it was looked for, and the choices."""
+    if files := _local(dataset, Path(dataset).expanduser()):
+        return Source(dataset, files)
     directory = Path(dataset_dir)
     registry = read_json(directory / REGISTRY) if (directory / REGISTRY).is_file() else {}
     if not isinstance(registry, dict):
         raise ValueError(f"{directory / REGISTRY}: expected an object of names, got {registry!r:.40}")
-    if files := _local(dataset, Path(dataset).expanduser()):
-        return Source(dataset, files)
     if dataset in registry:
         return _registered(dataset, registry[dataset], directory)
     tried = [directory / (dataset + suffix) for suffix in ("", *SUFFIXES)]
@@ -106,7 +106,9 @@ def _local(dataset: str, path: Path) -> tuple[Path, ...]:
     if path.is_dir():
         files = tuple(sorted(p for p in path.iterdir() if p.is_file() and suffix_of(p) and p.name != REGISTRY))
         if not files:
-            raise ValueError(f"dataset={dataset}: the directory {path} holds no {', '.join(SUFFIXES)} file")
+            raise ValueError(
+                f"dataset={dataset}: the directory {path} holds no {', '.join(SUFFIXES)} file; name one that does"
+            )
         return files
     if path.is_file() and suffix_of(path) is None:
         raise ValueError(f"dataset={dataset}: {path.suffix or 'no'} suffix; {', '.join(SUFFIXES)} files are read")

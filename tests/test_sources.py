@@ -63,7 +63,7 @@ def test_a_directory_is_all_its_data_files_sorted(tmp_path):
         f"{tmp_path}/d/{place}" for place in ("a.jsonl:1", "a.jsonl:2", "b.jsonl:1")
     ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"^dataset=empty: the directory .*/empty holds no \.json, .* file$"):
+    with pytest.raises(ValueError, match=r"^dataset=empty: the directory .*/empty holds no \.json, .* file; name one"):
         find_dataset("empty", str(tmp_path))
 
 
@@ -186,6 +186,8 @@ def test_a_registry_that_is_none_is_refused(tmp_path):
     (tmp_path / "dataset_info.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"dataset_info\.json: expected an object of names, got \[1\]"):
         find_dataset("a", str(tmp_path))
+    path = str(write(tmp_path / "rows.jsonl", row("q")))
+    assert prompts(find_dataset(path, str(tmp_path))) == ["q"]  # a path needs none
 
 
 # --- the hub ---
