@@ -101,8 +101,10 @@ def _mixed(cfg: DictConfig, datasets: dict[str, list[Example]]) -> tuple[list[Ex
     probs = None if cfg.interleave_probs is None else [float(p) for p in as_list(cfg.interleave_probs)]
     order = mix_order(lengths, cfg.mix_strategy, probs, cfg.seed)
     mixed = [pools[dataset][row] for dataset, row in order]
+    if len(names) == 1 or cfg.mix_strategy == "concat":
+        return mixed, []
     # Not what one would think: an interleaved dataset may be cut short, or repeated.
-    return mixed, [describe_mix(names, lengths, order)] if cfg.mix_strategy != "concat" else []
+    return mixed, [describe_mix(names, lengths, order)]
 
 
 def _as_the_loss_reads(cfg: DictConfig, rows: list[Encoded]) -> list[Encoded]:

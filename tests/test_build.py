@@ -60,7 +60,7 @@ def test_held_out_datasets_are_evaluated_whole_and_what_is_also_trained_on_is_sa
     given = {"dataset": "a", "eval_dataset": "[b,c]", "dataset_dir": tmp_path, "mix_strategy": "interleave_under"}
     rows = build_rows(config("config", **given), template)
     assert prompts(rows.evaluation) == ["2", "3", "4", "1", "5"]
-    assert rows.warnings[-1] == "2 of 5 held-out prompts are also trained on"
+    assert rows.warnings == ["2 of 5 held-out prompts are also trained on"]
     rows = build_eval_rows(config("eval", eval_dataset="[b,c]", dataset_dir=tmp_path), template)
     assert prompts(rows.evaluation) == ["2", "3", "4", "1", "5"]
 
