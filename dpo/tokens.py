@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo.formats import BadRow, Example
-from models.template import ChatTemplate
+from models.template import ChatTemplate, Message
+
+# Rows given to the tokenizer at once: many enough for its threads, few enough that a bad row is said soon.
+BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,60 @@ def encode(example: Example, template: ChatTemplate, cutoff_len: int) -> Encoded
     Over it, whole old turns go first; system and last turn stay; then the responses are cut at their end, and lose
     their end-of-turn with it. BadRow where the last turn leaves no room, or the cut makes both responses equal.
     """
-    system = [m for m in example.messages[:1] if m["role"] == "system"]
-    spoken = list(example.messages[len(system) :])
-    dropped = 0
-    while True:
-        try:
-            prompt_ids, responses = template.encode([*system, *spoken], example.responses)
-        except (ValueError, TypeError) as error:  # TypeError: the tokenizer's word for half a surrogate pair
-            raise BadRow(f"{example.source}: cannot be tokenized ({error})") from None
-        if len(spoken) == 1 or len(prompt_ids) + max(map(len, responses)) <= cutoff_len:
-            break
-        spoken = spoken[2:]
-        dropped += 2
+    (result,) = encode_batch([example], template, cutoff_len)
+    if isinstance(result, BadRow):
+        raise result
+    return result
+
+
+def encode_batch(examples: Sequence[Example], template: ChatTemplate, cutoff_len: int) -> list[Encoded | BadRow]:
+    """What `encode` gives, or raises, for each of the Examples; many at once are several times as fast."""
+    results: dict[int, Encoded | BadRow] = {}
+    turns_without = dict.fromkeys(range(len(examples)), 0)  # rows that are not done yet: old turns left out
+    while turns_without:
+        rendered: dict[int, tuple[str, list[str]]] = {}
+        for i, dropped in turns_without.items():
+            try:
+                rendered[i] = template.parts(_without_old_turns(examples[i], dropped), examples[i].responses)
+            except ValueError as error:
+                results[i] = BadRow(f"{examples[i].source}: cannot be tokenized ({error})")
+        encoded = template.tokenizer.encode_continued(list(rendered.values()))
+        too_long = {}
+        for i, (prompt_ids, responses) in zip(rendered, encoded, strict=True):
+            dropped = turns_without[i]
+            if len(prompt_ids) + max(map(len, responses)) > cutoff_len and _old_turns(examples[i]) > dropped:
+                too_long[i] = dropped + 2
+            else:
+                results[i] = _fitted(examples[i], prompt_ids, responses, dropped, cutoff_len)
+        turns_without = too_long
+    return [results[i] for i in range(len(examples))]
+
+
+def _old_turns(example: Example) -> int:
+    """Turns before the last one, the system's not counted."""
+    return len(example.messages) - 1 - (example.messages[0]["role"] == "system")
+
+
+def _without_old_turns(example: Example, dropped: int) -> list[Message]:
+    first = len(example.messages) - 1 - _old_turns(example)
+    return [*example.messages[:first], *example.messages[first + dropped :]]
+
+
+def _fitted(
+    example: Example, prompt_ids: list[int], responses: list[list[int]], dropped: int, cutoff_len: int
+) -> Encoded | BadRow:
+    """The row with its responses cut to what cutoff_len leaves them."""
     room = cutoff_len - len(prompt_ids)
     if room < 1:
-        raise BadRow(
+        return BadRow(
             f"{example.source}: system and last turn take {len(prompt_ids)} tokens and leave no room for a response in "
             f"cutoff_len={cutoff_len}; raise it or shorten the prompt"
         )
     cut = tuple(ids[:room] for ids in responses)
     if len(cut) == 2 and responses[0] == responses[1]:
-        raise BadRow(f"{example.source}: chosen and rejected are equal once the template has rendered them")
+        return BadRow(f"{example.source}: chosen and rejected are equal once the template has rendered them")
     if len(cut) == 2 and cut[0] == cut[1]:
-        raise BadRow(f"{example.source}: chosen and rejected are equal within cutoff_len={cutoff_len}; raise it")
+        return BadRow(f"{example.source}: chosen and rejected are equal within cutoff_len={cutoff_len}; raise it")
     return Encoded(prompt_ids, cut, example, dropped, tuple(len(ids) > room for ids in responses))
 
 
@@ -62,13 +96,14 @@ def encode_all(
     """(encoded, bad rows as one line each), on_bad_row as in read_examples."""
     encoded: list[Encoded] = []
     bad: list[str] = []
-    for example in examples:
-        try:
-            encoded.append(encode(example, template, cutoff_len))
-        except BadRow as error:
-            if on_bad_row == "stop":
-                raise
-            bad.append(str(error))
+    for i in range(0, len(examples), BATCH_ROWS):
+        for result in encode_batch(examples[i : i + BATCH_ROWS], template, cutoff_len):
+            if isinstance(result, Encoded):
+                encoded.append(result)
+            elif on_bad_row == "stop":
+                raise result
+            else:
+                bad.append(str(result))
     if not encoded:
         raise ValueError(f"no row is left after tokenization ({len(bad)} bad): {bad[0] if bad else ''}")
     return encoded, bad

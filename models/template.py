@@ -144,9 +144,8 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, ids of each response); the responses end with the template's end-of-turn."""
-        prompt, rendered = self.parts(messages, responses)
-        (prompt_ids,) = self.tokenizer.encode_rendered([prompt])
-        return prompt_ids, self.tokenizer.encode_rendered(rendered, after=prompt)
+        (ids,) = self.tokenizer.encode_continued([self.parts(messages, responses)])
+        return ids
 
     @property
     def stop_ids(self) -> frozenset[int]:
