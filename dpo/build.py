@@ -5,7 +5,6 @@ a mistake in the config or the data is said in the first second.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from dpo.formats import Example
 from dpo.preference import PreferenceObjective
 from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
-from dpo.tokens import Encoded, encode_all
+from dpo.token_cache import cached_rows
+from dpo.tokens import Encoded, Rows, encode_all
 from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.config import read_model_config
@@ -30,13 +30,6 @@ from models.transformer import Transformer
 from models.weights import WORLD, choose_dtype, load_model, resolve_model_dir, weight_files
 
 model_dir = lru_cache(resolve_model_dir)  # a hub name would ask the network at every call
-
-
-@dataclass(frozen=True)
-class Rows:
-    train: list[Encoded]
-    evaluation: list[Encoded]
-    skipped: list[str]
 
 
 def build_template(cfg: DictConfig) -> ChatTemplate:
@@ -61,6 +54,13 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     """Training and held-out rows, encoded."""
+    files = [_path(cfg, cfg.dataset, "train.jsonl")]
+    if cfg.eval_dataset:
+        files.append(_path(cfg, cfg.eval_dataset, "eval.jsonl"))
+    return _through_token_cache(cfg, template, files, partial(_make_rows, cfg, template))
+
+
+def _make_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     examples, skipped = _read(cfg, cfg.dataset, "train.jsonl")
     held_out: list[Example] = []
     if cfg.eval_dataset:
@@ -76,16 +76,42 @@ def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
 
 
 def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
-    examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
-    rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
-    return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+    def make() -> Rows:
+        examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+        rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
+        return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+
+    return _through_token_cache(cfg, template, [_path(cfg, cfg.eval_dataset, "eval.jsonl")], make)
+
+
+# Keys that change the rows, beside the data's and the tokenizer's files. Whatever else does belongs here.
+ROW_KEYS = ("template", "date_string", "cutoff_len", "max_samples", "on_bad_row", "val_size")
+
+
+def _through_token_cache(
+    cfg: DictConfig, template: ChatTemplate, files: Sequence[Path], make: Callable[[], Rows]
+) -> Rows:
+    """What `make` gives; with tokenized_path, only where it does not lie there."""
+    if not cfg.tokenized_path:
+        return make()
+    values = {key: cfg.get(key) for key in ROW_KEYS} | {
+        "source": template.source,
+        "files": [str(path) for path in files],  # rows name their file in errors
+        "kind": _row_kind(cfg),
+        "mismatched": _reads_mismatched(cfg),
+        "trains": "dataset" in cfg,
+        "seed": cfg.seed if cfg.get("val_size") else None,  # of the split
+    }
+    return cached_rows(Path(cfg.tokenized_path), [*files, *template.tokenizer.files], values, make)
 
 
 def _as_the_loss_reads(cfg: DictConfig, rows: list[Encoded]) -> list[Encoded]:
     """The rows, with mismatched responses where an unpaired loss compares with them."""
-    if not rows or _row_kind(cfg) != "kto" or not preference_loss_of(cfg).couples:
-        return rows
-    return with_mismatched(rows, cfg.cutoff_len)
+    return with_mismatched(rows, cfg.cutoff_len) if rows and _reads_mismatched(cfg) else rows
+
+
+def _reads_mismatched(cfg: DictConfig) -> bool:
+    return _row_kind(cfg) == "kto" and preference_loss_of(cfg).couples
 
 
 def _row_kind(cfg: DictConfig) -> str:
@@ -96,8 +122,12 @@ def _row_kind(cfg: DictConfig) -> str:
 
 
 def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
-    path = WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
+    path = _path(cfg, dataset, world_file)
     return read_examples(path, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
+
+
+def _path(cfg: DictConfig, dataset: str, world_file: str) -> Path:
+    return WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
 
 
 def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
@@ -183,7 +213,7 @@ def _rows_read(cfg: DictConfig, rows: Rows) -> list[Encoded]:
     steps = min(plan.total_steps, plan.steps_per_epoch) if cfg.do_train else 0
     indices = sorted({i for step in range(steps) for i in plan.indices(step)})
     evaluates = cfg.eval_strategy != "no" or not cfg.do_train
-    return [rows.train[i] for i in indices] + (rows.evaluation if evaluates else [])
+    return [rows.train[i] for i in indices] + list(rows.evaluation if evaluates else [])
 
 
 def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:

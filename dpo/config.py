@@ -52,6 +52,7 @@ class SharedConfig:
     beta_dpo_alpha: float = MISSING
     use_weighting: bool = MISSING
     dataset_dir: str = MISSING
+    tokenized_path: str | None = MISSING
     cutoff_len: int = MISSING
     max_samples: int | None = MISSING
     on_bad_row: str = MISSING
@@ -197,8 +198,9 @@ def check(cfg: DictConfig) -> list[str]:
                 raise ValueError(f"{key}={value}: {rule}")
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
-    if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
-        raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
+    for key in ("ref_cache_dir", "tokenized_path"):
+        if cfg[key] and Path(cfg[key]).is_file():
+            raise ValueError(f"{key}={cfg[key]}: is a file; name a directory")
     if cfg.get("stage") == "sft":
         _refuse_preference_options(cfg)
         return _check_training(cfg)

@@ -1,9 +1,12 @@
 """Tokens: an Example as token ids, at most cutoff_len of them, with an exact border between prompt and responses."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
 
-from dpo.formats import BadRow, Example
+from dpo.formats import NUMBERS, BadRow, Example
 from models.template import ChatTemplate, Message
 
 # Rows given to the tokenizer at once: many enough for its threads, few enough that a bad row is said soon.
@@ -23,8 +26,35 @@ class Encoded:
     """whether each response lost its end to cutoff_len."""
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each response."""
+        return tuple(map(len, self.response_ids))
+
+    @property
     def tokens(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.response_ids))
+        return len(self.prompt_ids) + sum(self.lengths)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the row says a weight, margin or soft label of its own."""
+        return any(getattr(self.example, key) != getattr(Example, key) for key in NUMBERS)
+
+    @property
+    def key(self) -> str:
+        """A digest of the ids and where they part."""
+        ids = chain(self.prompt_ids, *self.response_ids)
+        parts = array("i", [len(self.response_ids), len(self.prompt_ids), *self.lengths, *ids])
+        return sha256(parts.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run."""
+
+    train: Sequence[Encoded]
+    evaluation: Sequence[Encoded]
+    skipped: Sequence[str]
+    """bad rows, a line each."""
 
 
 def encode(example: Example, template: ChatTemplate, cutoff_len: int) -> Encoded:
@@ -107,3 +137,23 @@ def encode_all(
     if not encoded:
         raise ValueError(f"no row is left after tokenization ({len(bad)} bad): {bad[0] if bad else ''}")
     return encoded, bad
+
+
+def print_cuts(rows: Sequence[Encoded]) -> None:
+    """One line of what cutoff_len took of the rows; none where it took nothing."""
+    shortened = sum(row.dropped_turns > 0 for row in rows)
+    cut: dict[str, int] = {}
+    for row in rows:
+        sides = [side for side, was_cut in zip(_sides(row), row.cut, strict=True) if was_cut] if any(row.cut) else []
+        for side in sides:
+            cut[side] = cut.get(side, 0) + 1
+    if shortened or cut:
+        counts = ", ".join(f"{count} {side}" for side, count in sorted(cut.items())) or "none"
+        print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {counts}")
+
+
+def _sides(row: Encoded) -> tuple[str, ...]:
+    """What the responses that may be cut are called."""
+    if len(row.cut) == 2:
+        return ("chosen", "rejected")
+    return ({None: "in all", True: "desirable", False: "undesirable"}[row.example.label],)

@@ -72,7 +72,7 @@ class SFTObjective:
         pass
 
     def check(self, rows: Sequence[Encoded]) -> None:
-        for row in rows:
+        for row in (row for row in rows if row.has_numbers):
             for key in NUMBERS:
                 value = getattr(row.example, key)
                 if value != getattr(Example, key):  # the default, which changes nothing
@@ -81,7 +81,7 @@ class SFTObjective:
                     )
 
     def units(self, rows: Sequence[Encoded]) -> int:
-        return sum(len(ids) for row in rows for ids in row.response_ids)
+        return sum(sum(row.lengths) for row in rows)
 
     def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
         return token_logps(policy, stream)

@@ -68,7 +68,7 @@ class UnpairedObjective(PreferenceObjective):
 
     def check(self, rows: Sequence[Encoded]) -> None:
         """ValueError for a row whose margin or soft label cannot be honoured: both are of pairs."""
-        for row in rows:
+        for row in (row for row in rows if row.has_numbers):
             for key, off in (("margin", 0.0), ("soft_label", None)):
                 if getattr(row.example, key) != off:
                     given = f"{row.example.source}: {key}={getattr(row.example, key)}"

@@ -40,7 +40,7 @@ FLAGS_WITH_VALUE = (
 # LLaMA-Factory's and the Hugging Face trainer's keys that change no result here, with the values that hold for.
 ANY = object()
 WITHOUT_EFFECT: dict[str, Any] = {
-    "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY, "tokenized_path": None,
+    "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY,
     "dataloader_num_workers": ANY, "dataloader_pin_memory": ANY, "ddp_timeout": ANY, "ddp_find_unused_parameters": ANY,
     "plot_loss": ANY, "trust_remote_code": ANY, "report_to": ANY, "run_name": ANY, "logging_dir": ANY,
     "log_level": ANY,

@@ -88,7 +88,7 @@ TEMPLATES = {
 
 
 class ChatTemplate:
-    """One template bound to one tokenizer."""
+    """One template bound to one tokenizer. `source` is all that it says: Jinja, or the fields of the named one."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, date_string: str | None = None):
         """name: a key of TEMPLATES, or `auto` for the checkpoint's own.
@@ -104,6 +104,7 @@ class ChatTemplate:
             raise ValueError(f"template=auto: the checkpoint has no chat template; name one of {', '.join(TEMPLATES)}")
         self.name = name
         self.tokenizer = tokenizer
+        self.source = tokenizer.chat_template if name == "auto" else repr(TEMPLATES[name])
         if name == "auto":
             self.render = _jinja_renderer(
                 tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, date_string

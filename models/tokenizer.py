@@ -14,7 +14,6 @@ instead, where that names LlamaTokenizer as the class.)
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from models.config import read_json
 # Stands for the first character of a special token's string inside a message (the next code points for other first
 # characters), and is turned back before encoding: see escape(). Of the last plane, where no font has put its icons.
 MARK = "\U00100000"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # One byte of a character that a SentencePiece vocabulary lacks.
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -36,6 +36,7 @@ class Tokenizer:
     Attributes:
         bos_token, eos_token: their strings, or None.
         chat_template: the checkpoint's own Jinja, or None.
+        files: what text, ids and templates come from.
         stop_ids: ids that end a generated response: eos and what generation_config.json adds.
     """
 
@@ -77,6 +78,7 @@ class Tokenizer:
             if "prepend_scheme=first" in steps:  # the others put the space after every special token too
                 self._after_special = self._after_text
         settings = path.with_name("tokenizer_config.json")
+        self.files = [path.with_name(name) for name in FILES if path.with_name(name).is_file()]
         self.bos_token, self.eos_token = (_token_string(settings, key) for key in ("bos_token", "eos_token"))
         self.chat_template = _chat_template(settings)
         generation = path.with_name("generation_config.json")
@@ -115,7 +117,7 @@ class Tokenizer:
 
         after: the rendered text that each of them continues.
         """
-        before = self._split(after)[-1:]
+        before = self._split(after)[-1] if after else None
         return self._encode_parts([self._marked(before, self._split(text)) for text in texts])
 
     def encode_continued(
@@ -125,7 +127,8 @@ class Tokenizer:
         parts = []
         for prompt, texts in rendered:
             split = self._split(prompt)
-            parts += [self._marked([], split), *(self._marked(split[-1:], self._split(text)) for text in texts)]
+            before = split[-1] if split else None
+            parts += [self._marked(None, split), *(self._marked(before, self._split(text)) for text in texts)]
         ids = iter(self._encode_parts(parts))
         return [(next(ids), [next(ids) for _ in texts]) for _, texts in rendered]
 
@@ -136,11 +139,14 @@ class Tokenizer:
         known = dict(zip(plain, self.encode(plain), strict=True))
         return [[i for part in parts for i in (known[part] if isinstance(part, str) else (part,))] for parts in texts]
 
-    def _marked(self, before: Sequence[str | int], parts: Sequence[str | int]) -> list[str | int]:
-        """The parts, text with the mark that says what stands before it; before: the last part before them, if any."""
+    def _marked(self, before: str | int | None, parts: Sequence[str | int]) -> list[str | int]:
+        """The parts, text with the mark that says what stands before it."""
         marks = {type(None): "", str: self._after_text, int: self._after_special}
-        sequence: list[str | int | None] = [*(before or [None]), *parts]
-        return [marks[type(left)] + part if isinstance(part, str) else part for left, part in pairwise(sequence)]
+        marked: list[str | int] = []
+        for part in parts:
+            marked.append(marks[type(before)] + part if isinstance(part, str) else part)
+            before = part
+        return marked
 
     def _split(self, text: str) -> list[str | int]:
         """Text between the special tokens, marks taken out, and the specials' ids."""
