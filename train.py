@@ -6,6 +6,7 @@ Composes the config, checks it, builds the objects of the run (dpo.build), train
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -84,7 +85,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":
-        objective.check([*rows.train, *rows.evaluation])
+        objective.check(chain(rows.train, rows.evaluation))
     else:
         objective, description = build_objective(cfg, policy, rows)
         print(f"reference: {description}")
@@ -127,7 +128,7 @@ def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped:
     """What the data came to: rows, tokens, and everything that was cut, dropped or skipped."""
     tokens = sum(row.tokens for row in train)
     print(f"rows: {len(train)} to train on ({tokens} tokens), {len(evaluation)} held out, {len(skipped)} skipped")
-    print_cuts([*train, *evaluation])
+    print_cuts(chain(train, evaluation))
 
 
 class Report:

@@ -6,6 +6,7 @@ a mistake in the config or the data is said in the first second.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ def new_objective(cfg: DictConfig) -> PreferenceObjective:
 def build_objective(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[PreferenceObjective, str]:
     """(objective of a training run, its reference in a few words); the rows are checked against it."""
     objective = new_objective(cfg)
-    objective.check([*rows.train, *rows.evaluation])
+    objective.check(chain(rows.train, rows.evaluation))
     description = "none"
     if objective.loss.needs_reference:
         objective.reference, description = build_reference(cfg, policy, rows)
@@ -186,7 +187,7 @@ def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[R
         build, description = partial(snapshot_reference, policy), "a snapshot of the adapter as it starts"
     else:
         build, description = partial(base_reference, policy), "the base model, adapter off"
-    reads = _rows_read(cfg, rows)
+    reads = _rows_read(cfg, rows) if cfg.ref_cache_dir else []
     return _through_cache(cfg, policy, reads, build, adapter=adapter, loads_model=another_model), description
 
 

@@ -22,7 +22,7 @@ Shapes: B pairs; every quantity is (B,) unless said. R response tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -287,7 +287,7 @@ class PreferenceObjective:
         if self.dynamic_beta is not None:
             self.dynamic_beta.updated()
 
-    def check(self, rows: Sequence[Encoded]) -> None:
+    def check(self, rows: Iterable[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""
         losses = [loss for loss, _ in self.loss.losses]
         honoured = {

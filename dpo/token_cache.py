@@ -16,7 +16,7 @@ Shapes: N rows, C responses that may be cut, B bytes of a digest.
 import json
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -125,6 +125,9 @@ class StoredRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.columns["dropped_turns"])
 
+    def __iter__(self) -> Iterator[Encoded]:
+        return (StoredRow(self.columns, i) for i in range(len(self)))
+
     @overload
     def __getitem__(self, index: int) -> Encoded: ...
     @overload
@@ -138,11 +141,13 @@ class StoredRows(Sequence[Encoded]):
 class StoredRow(Encoded):
     """One row of a file: what is asked for is read then, and not kept."""
 
+    __slots__ = ("columns", "index")  # they may be made by the ten thousand
     columns: Mapping[str, np.ndarray]
     index: int
 
     def __init__(self, columns: Mapping[str, np.ndarray], index: int):
-        vars(self).update(columns=columns, index=index)  # vars: the dataclass is frozen
+        object.__setattr__(self, "columns", columns)  # its own __setattr__ refuses: the dataclass is frozen
+        object.__setattr__(self, "index", index)
 
     @property
     def _bounds(self) -> list[int]:

@@ -1,7 +1,8 @@
 """Tokens: an Example as token ids, at most cutoff_len of them, with an exact border between prompt and responses."""
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -139,14 +140,13 @@ def encode_all(
     return encoded, bad
 
 
-def print_cuts(rows: Sequence[Encoded]) -> None:
+def print_cuts(rows: Iterable[Encoded]) -> None:
     """One line of what cutoff_len took of the rows; none where it took nothing."""
-    shortened = sum(row.dropped_turns > 0 for row in rows)
-    cut: dict[str, int] = {}
+    shortened, cut = 0, Counter[str]()
     for row in rows:
-        sides = [side for side, was_cut in zip(_sides(row), row.cut, strict=True) if was_cut] if any(row.cut) else []
-        for side in sides:
-            cut[side] = cut.get(side, 0) + 1
+        shortened += row.dropped_turns > 0
+        if any(row.cut):
+            cut.update(side for side, was_cut in zip(_sides(row), row.cut, strict=True) if was_cut)
     if shortened or cut:
         counts = ", ".join(f"{count} {side}" for side, count in sorted(cut.items())) or "none"
         print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {counts}")
