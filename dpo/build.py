@@ -62,10 +62,10 @@ def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
 
 
 def _make_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
-    examples, skipped = _read(cfg, cfg.dataset, "train.jsonl")
+    examples, skipped = read_dataset(cfg, cfg.dataset, "train.jsonl")
     held_out: list[Example] = []
     if cfg.eval_dataset:
-        held_out, more = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+        held_out, more = read_dataset(cfg, cfg.eval_dataset, "eval.jsonl")
         skipped = skipped + more
     elif cfg.val_size:
         examples, held_out = split_by_prompt(examples, cfg.val_size, cfg.seed)
@@ -78,7 +78,7 @@ def _make_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
 
 def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     def make() -> Rows:
-        examples, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+        examples, skipped = read_dataset(cfg, cfg.eval_dataset, "eval.jsonl")
         rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
         return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
 
@@ -117,12 +117,12 @@ def _reads_mismatched(cfg: DictConfig) -> bool:
 
 def _row_kind(cfg: DictConfig) -> str:
     """dpo (pairs), kto (a response with a label) or sft (a response)."""
-    if cfg.get("stage") == "sft":
-        return "sft"
+    if "pref_loss" not in cfg or cfg.get("stage") == "sft":
+        return cfg.stage
     return "kto" if preference_loss_of(cfg).unpaired else "dpo"
 
 
-def _read(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
+def read_dataset(cfg: DictConfig, dataset: str, world_file: str) -> tuple[list[Example], list[str]]:
     path = _path(cfg, dataset, world_file)
     return read_examples(path, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
 

@@ -182,6 +182,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "save_steps": AT_LEAST_1,
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
+    "show": AT_LEAST_1,
 }
 # How a reference moves, and where each key is when nothing is said.
 MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
@@ -190,12 +191,7 @@ MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 def check(cfg: DictConfig) -> list[str]:
     """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
     refuse_unset(cfg, model_name_or_path=" (or model=NAME)")
-    for key in map(str, cfg):
-        value = cfg[key]
-        if key in RULES and value is not None:
-            holds, rule = RULES[key]
-            if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-                raise ValueError(f"{key}={value}: {rule}")
+    check_values(cfg)
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
     for key in ("ref_cache_dir", "tokenized_path"):
@@ -217,6 +213,16 @@ def check(cfg: DictConfig) -> list[str]:
     if "gamma" in {option for part, _ in loss.losses for option in part.options}:
         warnings.append(f"simpo_gamma={cfg.simpo_gamma:g}, which is gamma / beta = {cfg.simpo_gamma / cfg.pref_beta:g}")
     return warnings + (_check_training(cfg) if "stage" in cfg else [])
+
+
+def check_values(cfg: DictConfig) -> None:
+    """ValueError for a value out of its key's range."""
+    for key in map(str, cfg):
+        value = cfg[key]
+        if key in RULES and value is not None:
+            holds, rule = RULES[key]
+            if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+                raise ValueError(f"{key}={value}: {rule}")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -53,3 +53,9 @@ def split_by_prompt(examples: Sequence[Example], val_size: float, seed: int) -> 
     if not train or not held:
         raise ValueError(f"val_size={val_size}: leaves {len(train)} of {len(examples)} rows to train on")
     return train, [example for example in examples if json.dumps(example.messages) in held]
+
+
+if __name__ == "__main__":
+    from dpo.show import command
+
+    command()

@@ -146,14 +146,14 @@ def print_cuts(rows: Iterable[Encoded]) -> None:
     for row in rows:
         shortened += row.dropped_turns > 0
         if any(row.cut):
-            cut.update(side for side, was_cut in zip(_sides(row), row.cut, strict=True) if was_cut)
+            cut.update(side for side, was_cut in zip(sides(row), row.cut, strict=True) if was_cut)
     if shortened or cut:
-        counts = ", ".join(f"{count} {side}" for side, count in sorted(cut.items())) or "none"
+        counts = ", ".join(f"{count} {side}".removesuffix(" response") for side, count in sorted(cut.items())) or "0"
         print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {counts}")
 
 
-def _sides(row: Encoded) -> tuple[str, ...]:
-    """What the responses that may be cut are called."""
+def sides(row: Encoded) -> tuple[str, ...]:
+    """What a row's own responses are called."""
     if len(row.cut) == 2:
         return ("chosen", "rejected")
-    return ({None: "in all", True: "desirable", False: "undesirable"}[row.example.label],)
+    return ({None: "response", True: "desirable", False: "undesirable"}[row.example.label],)

@@ -204,7 +204,7 @@ def _check_key(key: str, value: Any, schema: type) -> None:
 def _type_of(schema: type, key: str) -> str:
     """The type of a key, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
-    words["list[str]"] = "a list like [a,b]"
+    words |= {"list[str]": "a list like [a,b]", "list[int]": "a list like [5,17]"}
     kind = next(f.type for f in fields(schema) if f.name == key)
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     return " or ".join(words[part] for part in name.split(" | "))
