@@ -182,7 +182,6 @@ RULES: dict[str, tuple[Any, str]] = {
     "save_steps": AT_LEAST_1,
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
-    "show": AT_LEAST_1,
 }
 # How a reference moves, and where each key is when nothing is said.
 MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}

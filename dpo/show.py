@@ -71,6 +71,8 @@ def command() -> None:
 def show(cfg: DictConfig, *, colour: bool) -> None:
     refuse_unset(cfg)
     check_values(cfg)
+    if cfg.show < 1:
+        raise ValueError(f"show={cfg.show}: must be at least 1")
     template = ChatTemplate(cfg.template, Tokenizer(model_dir(cfg.model_name_or_path)), cfg.date_string)
     examples, bad = read_dataset(cfg, cfg.dataset, "train.jsonl")
     numbers = list(cfg.rows) or list(range(1, min(cfg.show, len(examples)) + 1))

@@ -4,10 +4,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo.data import read_examples
 from dpo.formats import BadRow, Example
-from dpo.tokens import Encoded, encode, encode_all, encode_batch
+from dpo.losses import OFF, PREF_LOSSES
+from dpo.preference import PreferenceObjective, preference_loss
+from dpo.tokens import Encoded, encode, encode_all, encode_batch, print_cuts
+from dpo.trainer import SFTObjective, to_stream
+from dpo.unpaired import UnpairedObjective, with_mismatched
+from models.stream import Stream
 from models.template import ChatTemplate, Message
 from models.tokenizer import Tokenizer
 
@@ -199,3 +205,121 @@ def test_all_real_rows_have_in_a_batch_the_ids_that_they_have_alone(real, smollm
         template = ChatTemplate(which, Tokenizer(where))
         for cutoff_len in (2048, 256):
             assert_a_batch_is_its_rows(examples + talks, template, cutoff_len)
+
+
+# --- where a prompt ends, and what is scored ---
+
+
+def template_specials(template: ChatTemplate, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in set(template.tokenizer.special_ids.values())]
+
+
+def assert_ends_stand_on_whole_responses_alone(examples: list[Example], template: ChatTemplate, cutoff_len: int) -> int:
+    """One special token ends a response that keeps its text whole, none any other; returns how many are cut short."""
+    short = 0
+    for row in encode_batch(examples, template, cutoff_len):
+        if not isinstance(row, Encoded):
+            continue
+        _, whole = template.encode(row.example.messages[-1:], row.example.responses)
+        for ids, all_ids, cut in zip(row.response_ids, whole, row.cut, strict=True):
+            ends = template_specials(template, ids)
+            assert cut == (len(ids) < len(all_ids)) and ids == all_ids[: len(ids)]
+            # What the template writes after the end of turn may be cut off alone.
+            end = next(i for i, token in enumerate(all_ids) if token in template.stop_ids)
+            assert ends == ([all_ids[end]] if len(ids) > end else [])
+            short += len(ids) <= end
+    return short
+
+
+def test_an_end_of_turn_stands_only_on_a_response_whose_text_is_whole(template):
+    examples, _ = read_examples(WORLD / "data" / "eval.jsonl", stage="dpo", on_bad_row="stop", max_samples=100)
+    assert assert_ends_stand_on_whole_responses_alone(examples, template, 256) == 0
+    assert assert_ends_stand_on_whole_responses_alone(examples, template, 36) > 50
+
+
+@pytest.mark.real
+def test_an_end_of_turn_stands_only_on_a_whole_real_response(real, smollm2):
+    examples, _ = read_examples(real / "preferences" / "dpo_en_demo.json", stage="dpo", on_bad_row="stop")
+    for where, which in ((smollm2, "auto"), (real / "tokenizers" / "qwen2.5", "qwen")):
+        template = ChatTemplate(which, Tokenizer(where))
+        assert assert_ends_stand_on_whole_responses_alone(examples, template, 512) > 50
+
+
+class AnyPolicy:
+    """Hidden states that are free to choose: the gradient of a loss with respect to them says which are scored."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.head_weight_VD = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, stream: Stream) -> torch.Tensor:
+        shape = len(stream.input_ids_T), 8
+        self.hidden_TD = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        return self.hidden_TD
+
+
+def loss_of(name: str) -> PreferenceObjective:
+    options = OFF | {"beta": 0.3}
+    kind = UnpairedObjective if PREF_LOSSES[name].unpaired else PreferenceObjective
+    return kind(preference_loss([name], None, options), lambda stream, rows: torch.zeros(len(stream.target_R)))
+
+
+KINDS = {
+    "pairs": (("yes", "no way"), None, lambda: loss_of("sigmoid")),
+    "labelled": (("yes",), True, lambda: loss_of("apo_zero_unpaired")),
+    "labelled, with a mismatched response": (("yes",), False, lambda: loss_of("kto")),
+    "sft": (("yes",), None, SFTObjective),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_reads_response_tokens_and_no_other(template, kind):
+    """Each is read where it is predicted: at the token before it, the prompt's last for the first."""
+    responses, label, objective = KINDS[kind]
+    examples = [Example(PROMPT, responses, "f:1", label=label), Example(PROMPT[1:2], responses, "f:2", label=label)]
+    rows, _ = encode_all(examples, template, cutoff_len=512, on_bad_row="stop")
+    if "mismatched" in kind:
+        rows = with_mismatched(rows, 512)
+    policy, stream = AnyPolicy(), to_stream(rows, torch.device("cpu"))
+    measured = objective().measure(policy, stream, rows, rows)
+    objective().losses(measured).sum().backward()
+    expected, targets, start = set(), [], 0
+    for row in rows:
+        last = start + len(row.prompt_ids) - 1
+        start = last + 1
+        for j, ids in enumerate(row.response_ids):
+            targets += ids
+            if j == 0 or "mismatched" not in kind:  # of that one KTO takes no gradient
+                expected |= {last, *range(start, start + len(ids) - 1)}
+            start += len(ids)
+    assert set(policy.hidden_TD.grad.abs().sum(1).nonzero().flatten().tolist()) == expected
+    assert stream.target_R.tolist() == targets and start == len(stream.input_ids_T)
+    before = stream.input_ids_T[stream.predictor_R].tolist()
+    assert before == [i for row in rows for ids in row.response_ids for i in [row.prompt_ids[-1], *ids[:-1]]]
+
+
+# --- what is said of it ---
+
+
+@pytest.mark.parametrize(
+    ("responses", "labels", "counts"),
+    [
+        (("A hen is a small bird.", "No."), (None, None), "2 chosen"),
+        (("No.", "A hen is a small bird."), (None, None), "2 rejected"),
+        (("A hen is a small bird.",), (None, None), "2"),
+        (("A hen is a small bird.",), (True, False), "1 desirable, 1 undesirable"),
+        (("No.",), (None, None), "0"),
+    ],
+)  # fmt: skip
+def test_what_cutoff_len_took_is_counted_per_side(template, capsys, responses, labels, counts):
+    """Two rows, one of them with old turns, and room for `No.` with its end."""
+    whole = encode(Example((PROMPT[0], PROMPT[3]), ("No.",), "f:1"), template, 512)
+    talks = (PROMPT, (PROMPT[0], PROMPT[3]))
+    examples = [Example(talk, responses, "f:1", label=label) for talk, label in zip(talks, labels, strict=True)]
+    rows, _ = encode_all(examples, template, cutoff_len=whole.tokens, on_bad_row="stop")
+    print_cuts(rows)
+    expected = f"cutoff_len: 1 rows lost old turns; responses cut at their end: {counts}\n"
+    assert capsys.readouterr().out == expected
+    print_cuts(encode_all(examples, template, cutoff_len=512, on_bad_row="stop")[0])
+    assert capsys.readouterr().out == ""
