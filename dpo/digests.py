@@ -1,6 +1,6 @@
 """Digests: the SHA-256 of files, remembered while they are not touched, and files that are written whole or not at all.
 
-What dpo.reference_cache and dpo.token_cache keep stands under such names: what depends on something else has another.
+dpo.reference_cache and dpo.token_cache name what they keep by the digests of all that it depends on.
 """
 
 import json

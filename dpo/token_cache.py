@@ -6,9 +6,9 @@
 KEY stands for all that the rows depend on: the bytes of the data's and the tokenizer's files, the template, every key
 of the config that changes a row, the version of `tokenizers`, and TOKENS_VERSION. So nothing stale is read.
 
-A file is mapped into memory, and of a row that is read and no sooner: `len`, lengths, cuts and keys of all rows cost
-nothing. It is written beside and renamed. One whose checksum is not its name is reported and made anew; the checksum is
-looked at when the file is new or was touched.
+A file is mapped into memory: a row is read when it is asked for. Lengths, cuts and keys are columns of their own, so
+that a look at all rows reads neither ids nor texts. A file is written beside and renamed. One whose checksum is not its
+name is reported and made anew; the checksum is looked at when the file is new or was touched.
 
 Shapes: N rows, C responses that may be cut, B bytes of a digest.
 """
@@ -38,9 +38,7 @@ TOKENS_VERSION = 1
 ROLES = ("train", "evaluation")
 
 
-def cached_rows(
-    cache_dir: Path, files: Sequence[Path], values: Mapping[str, Any], make: Callable[[], Rows]
-) -> Rows:  # fmt: skip
+def cached_rows(cache_dir: Path, files: Sequence[Path], values: Mapping[str, Any], make: Callable[[], Rows]) -> Rows:
     """The rows that lie in cache_dir, or else those that `make` gives, kept there. A line says which.
 
     files: what the rows are made of, by content. values: everything else that changes them, JSON.
@@ -84,8 +82,10 @@ def write_rows(cache_dir: Path, key: str, rows: Rows) -> Path:
 
 def read_rows(path: Path) -> Rows:
     tensors = load_file(path)
-    tables = (StoredRows({n.removeprefix(f"{r}."): t for n, t in tensors.items() if n.startswith(r)}) for r in ROLES)
-    train, evaluation = tables
+    train, evaluation = (
+        StoredRows({name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(role)})
+        for role in ROLES
+    )
     return Rows(train, evaluation, skipped=json.loads(tensors["skipped"].numpy().tobytes()))
 
 
