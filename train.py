@@ -6,6 +6,7 @@ Composes the config, checks it, builds the objects of the run (dpo.build), train
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -21,7 +22,7 @@ from dpo.config import TrainConfig, check
 from dpo.evals import world_reward
 from dpo.preference import PreferenceObjective
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
-from dpo.tokens import Encoded
+from dpo.tokens import Encoded, print_cuts
 from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
@@ -54,6 +55,7 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     """One job of a sweep, in a directory of its own; a mistake ends the job and is a row of the sweep's results."""
     sweep_dir = Path(cfg.output_dir)
     cfg.output_dir = str(sweep_dir / str(number))
+    cfg.tokenized_path = cfg.tokenized_path or str(sweep_dir / "tokenized")
     if not cfg.sync_ref_model:  # what moves cannot be shared
         cfg.ref_cache_dir = cfg.ref_cache_dir or str(sweep_dir / "reference")
     print(f"job {number}: {' '.join(f'{key}={value}' for key, value in overrides.items())}")
@@ -85,7 +87,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":
-        objective.check([*rows.train, *rows.evaluation])
+        objective.check(chain(rows.train, rows.evaluation))
     else:
         objective, description = build_objective(cfg, policy, rows)
         print(f"reference: {description}")
@@ -126,14 +128,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped: Sequence[str]) -> None:
     """What the data came to: rows, tokens, and everything that was cut, dropped or skipped."""
-    rows = [*train, *evaluation]
     tokens = sum(row.tokens for row in train)
     print(f"rows: {len(train)} to train on ({tokens} tokens), {len(evaluation)} held out, {len(skipped)} skipped")
-    cut = [sum(row.cut[side] for row in rows) for side in range(len(rows[0].cut))]
-    shortened = sum(row.dropped_turns > 0 for row in rows)
-    if shortened or any(cut):
-        sides = ", ".join(f"{n} {side}" for n, side in zip(cut, ("chosen", "rejected"), strict=False))
-        print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {sides}")
+    print_cuts(chain(train, evaluation))
 
 
 class Report:
@@ -142,7 +139,9 @@ class Report:
     def __init__(self, cfg: DictConfig, policy: Transformer, template: ChatTemplate, rows: Sequence[Encoded]):
         self.policy, self.template = policy, template
         self.max_new_tokens, self.seed = cfg.max_new_tokens, cfg.seed
-        distinct = {row.example.messages[-1]["content"]: row for row in rows}
+        # Not read where nothing is shown of them: they may be many.
+        shows = cfg.num_samples or cfg.eval_dataset == "world"
+        distinct = {row.example.messages[-1]["content"]: row for row in rows} if shows else {}
         # Spread over the file: neighbours are often variations of one another.
         self.shown = [list(distinct.values())[i * len(distinct) // cfg.num_samples] for i in range(cfg.num_samples)]
         # Every third: enough for two digits, and a third of the time of enumerating every grammar.

@@ -5,8 +5,8 @@ a mistake in the config or the data is said in the first second.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from dpo.preference import PreferenceObjective
 from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
 from dpo.sources import Source, find_dataset
-from dpo.tokens import Encoded, encode_all
+from dpo.token_cache import cached_rows
+from dpo.tokens import Encoded, Rows, encode_all
 from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.config import read_model_config
@@ -31,15 +32,6 @@ from models.transformer import Transformer
 from models.weights import WORLD, choose_dtype, load_model, resolve_model_dir, weight_files
 
 model_dir = lru_cache(resolve_model_dir)  # a hub name would ask the network at every call
-
-
-@dataclass(frozen=True)
-class Rows:
-    train: list[Encoded]
-    evaluation: list[Encoded]
-    skipped: list[str]
-    warnings: list[str] = field(default_factory=list)
-    """what is odd about them, a line each."""
 
 
 def build_template(cfg: DictConfig) -> ChatTemplate:
@@ -64,7 +56,12 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     """Training and held-out rows, encoded."""
-    datasets, skipped = _read(cfg, cfg.dataset, "train.jsonl")
+    sources = [*_sources(cfg, cfg.dataset, "train.jsonl"), *_sources(cfg, cfg.eval_dataset, "eval.jsonl")]
+    return _through_token_cache(cfg, template, sources, partial(_make_rows, cfg, template))
+
+
+def _make_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
+    datasets, skipped = read_datasets(cfg, cfg.dataset, "train.jsonl")
     examples, warnings = _mixed(cfg, datasets)
     held_out: list[Example] = []
     if cfg.eval_dataset:
@@ -83,14 +80,46 @@ def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
 
 
 def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
-    examples, skipped = _held_out(cfg)
-    rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
-    return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+    """Held-out rows alone, encoded."""
+
+    def make() -> Rows:
+        examples, skipped = _held_out(cfg)
+        rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
+        return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
+
+    return _through_token_cache(cfg, template, _sources(cfg, cfg.eval_dataset, "eval.jsonl"), make)
+
+
+# Keys that change the rows, beside the data's and the tokenizer's files. Whatever else does belongs here.
+ROW_KEYS = (
+    "template", "date_string", "cutoff_len", "max_samples", "on_bad_row", "val_size", "data_format", "ranking_to_pairs",
+    "mix_strategy", "interleave_probs",
+)  # fmt: skip
+
+
+def _through_token_cache(
+    cfg: DictConfig, template: ChatTemplate, sources: Sequence[Source], make: Callable[[], Rows]
+) -> Rows:
+    """What `make` gives; with tokenized_path, only where it does not lie there."""
+    if not cfg.tokenized_path:
+        return make()
+    files = [path for source in sources for path in source.files]
+    draws = cfg.get("val_size") or cfg.get("interleave_probs")
+    values = {key: str(cfg.get(key)) for key in ROW_KEYS} | {
+        "source": template.source,
+        # Rows name their file in errors, and a registry says how its rows are read.
+        "sources": [repr(source) for source in sources],
+        "kind": _row_kind(cfg),
+        "mismatched": _reads_mismatched(cfg),
+        "trains": "dataset" in cfg,
+        "seed": cfg.seed if draws else None,
+    }
+    return cached_rows(Path(cfg.tokenized_path), [*files, *template.tokenizer.files], values, make)
 
 
 def _held_out(cfg: DictConfig) -> tuple[list[Example], list[str]]:
     """The rows of every eval_dataset, one after the other: what is measured on is measured on whole."""
-    datasets, skipped = _read(cfg, cfg.eval_dataset, "eval.jsonl")
+    datasets, skipped = read_datasets(cfg, cfg.eval_dataset, "eval.jsonl")
     return [example for examples in datasets.values() for example in examples], skipped
 
 
@@ -109,31 +138,38 @@ def _mixed(cfg: DictConfig, datasets: dict[str, list[Example]]) -> tuple[list[Ex
 
 def _as_the_loss_reads(cfg: DictConfig, rows: list[Encoded]) -> list[Encoded]:
     """The rows, with mismatched responses where an unpaired loss compares with them."""
-    if not rows or _row_kind(cfg) != "kto" or not preference_loss_of(cfg).couples:
-        return rows
-    return with_mismatched(rows, cfg.cutoff_len)
+    return with_mismatched(rows, cfg.cutoff_len) if rows and _reads_mismatched(cfg) else rows
+
+
+def _reads_mismatched(cfg: DictConfig) -> bool:
+    return _row_kind(cfg) == "kto" and preference_loss_of(cfg).couples
 
 
 def _row_kind(cfg: DictConfig) -> str:
     """dpo (pairs), kto (a response with a label) or sft (a response)."""
-    if cfg.get("stage") == "sft":
-        return "sft"
+    if "pref_loss" not in cfg or cfg.get("stage") == "sft":
+        return cfg.stage
     return "kto" if preference_loss_of(cfg).unpaired else "dpo"
 
 
-def _read(cfg: DictConfig, names: Any, world_file: str) -> tuple[dict[str, list[Example]], list[str]]:
+def read_datasets(cfg: DictConfig, names: Any, world_file: str) -> tuple[dict[str, list[Example]], list[str]]:
     """(the examples of each dataset by its name, bad rows as one line each)."""
     datasets: dict[str, list[Example]] = {}
     skipped: list[str] = []
-    for name in as_list(names):
-        world = Source(name, (WORLD / "data" / world_file,))
-        datasets[name], bad = read_examples(
-            world if name == "world" else find_dataset(name, cfg.dataset_dir),
-            stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples,
+    for source in _sources(cfg, names, world_file):
+        datasets[source.name], bad = read_examples(
+            source, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples,
             data_format=cfg.data_format, ranking_to_pairs=cfg.ranking_to_pairs,
         )  # fmt: skip
         skipped += bad
     return datasets, skipped
+
+
+def _sources(cfg: DictConfig, names: Any, world_file: str) -> list[Source]:
+    """What the names of a key stand for."""
+    world = Source("world", (WORLD / "data" / world_file,))
+    given = [] if names is None else as_list(names)
+    return [world if name == "world" else find_dataset(name, cfg.dataset_dir) for name in given]
 
 
 def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
@@ -169,7 +205,7 @@ def new_objective(cfg: DictConfig) -> PreferenceObjective:
 def build_objective(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[PreferenceObjective, str]:
     """(objective of a training run, its reference in a few words); the rows are checked against it."""
     objective = new_objective(cfg)
-    objective.check([*rows.train, *rows.evaluation])
+    objective.check(chain(rows.train, rows.evaluation))
     description = "none"
     if objective.loss.needs_reference:
         objective.reference, description = build_reference(cfg, policy, rows)
@@ -192,7 +228,7 @@ def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[R
         build, description = partial(snapshot_reference, policy), "a snapshot of the adapter as it starts"
     else:
         build, description = partial(base_reference, policy), "the base model, adapter off"
-    reads = _rows_read(cfg, rows)
+    reads = _rows_read(cfg, rows) if cfg.ref_cache_dir else []
     return _through_cache(cfg, policy, reads, build, adapter=adapter, loads_model=another_model), description
 
 
@@ -219,7 +255,7 @@ def _rows_read(cfg: DictConfig, rows: Rows) -> list[Encoded]:
     steps = min(plan.total_steps, plan.steps_per_epoch) if cfg.do_train else 0
     indices = sorted({i for step in range(steps) for i in plan.indices(step)})
     evaluates = cfg.eval_strategy != "no" or not cfg.do_train
-    return [rows.train[i] for i in indices] + (rows.evaluation if evaluates else [])
+    return [rows.train[i] for i in indices] + list(rows.evaluation if evaluates else [])
 
 
 def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:

@@ -57,6 +57,7 @@ class SharedConfig:
     dataset_dir: str = MISSING
     data_format: str | None = MISSING
     ranking_to_pairs: str = MISSING
+    tokenized_path: str | None = MISSING
     cutoff_len: int = MISSING
     max_samples: int | None = MISSING
     on_bad_row: str = MISSING
@@ -209,16 +210,12 @@ MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 def check(cfg: DictConfig) -> list[str]:
     """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
     refuse_unset(cfg, model_name_or_path=" (or model=NAME)")
-    for key in map(str, cfg):
-        value = cfg[key]
-        if key in RULES and value is not None:
-            holds, rule = RULES[key]
-            if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
-                raise ValueError(f"{key}={value}: {rule}")
+    check_values(cfg)
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
-    if cfg.ref_cache_dir and Path(cfg.ref_cache_dir).is_file():
-        raise ValueError(f"ref_cache_dir={cfg.ref_cache_dir}: is a file; name a directory")
+    for key in ("ref_cache_dir", "tokenized_path"):
+        if cfg[key] and Path(cfg[key]).is_file():
+            raise ValueError(f"{key}={cfg[key]}: is a file; name a directory")
     if cfg.get("stage") == "sft":
         _refuse_preference_options(cfg)
         return _check_training(cfg)
@@ -235,6 +232,16 @@ def check(cfg: DictConfig) -> list[str]:
     if "gamma" in {option for part, _ in loss.losses for option in part.options}:
         warnings.append(f"simpo_gamma={cfg.simpo_gamma:g}, which is gamma / beta = {cfg.simpo_gamma / cfg.pref_beta:g}")
     return warnings + (_check_training(cfg) if "stage" in cfg else [])
+
+
+def check_values(cfg: DictConfig) -> None:
+    """ValueError for a value out of its key's range."""
+    for key in map(str, cfg):
+        value = cfg[key]
+        if key in RULES and value is not None:
+            holds, rule = RULES[key]
+            if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+                raise ValueError(f"{key}={value}: {rule}")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -104,3 +104,9 @@ def trained_prompts(train: Sequence[Example], held_out: Sequence[Example]) -> tu
     """(how many held-out prompts are also trained on, of how many)."""
     held = {prompt_of(example) for example in held_out}
     return len(held & {prompt_of(example) for example in train}), len(held)
+
+
+if __name__ == "__main__":
+    from dpo.show import command
+
+    command()

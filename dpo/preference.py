@@ -22,7 +22,7 @@ Shapes: B pairs; every quantity is (B,) unless said. R response tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -287,7 +287,7 @@ class PreferenceObjective:
         if self.dynamic_beta is not None:
             self.dynamic_beta.updated()
 
-    def check(self, rows: Sequence[Encoded]) -> None:
+    def check(self, rows: Iterable[Encoded]) -> None:
         """ValueError for a row whose weight, margin or soft label no chosen loss can honour."""
         losses = [loss for loss, _ in self.loss.losses]
         honoured = {
@@ -300,7 +300,7 @@ class PreferenceObjective:
         if self.loss.dr_dpo_beta is not None:
             chosen += f" with dr_dpo_beta={self.loss.dr_dpo_beta}"
         infinite_at = {label for name in names for label in INFINITE_AT.get(name, ())}
-        for row in rows:
+        for row in (row for row in rows if row.has_numbers):
             for key, (off, can) in honoured.items():
                 value = getattr(row.example, key)
                 if (value != off and not can) or (key == "soft_label" and value in infinite_at):
@@ -339,7 +339,7 @@ class PreferenceObjective:
         """The pairs of a micro-batch `rows` of the logical batch: branches 2i and 2i + 1 are chosen and rejected."""
         logps, logratios, weight = self.logps_and_logratios(policy, stream, rows)
         examples = [row.example for row in rows]
-        mean_length = sum(len(row.response_ids[0]) for row in batch) / len(batch)
+        mean_length = sum(row.lengths[0] for row in batch) / len(batch)
 
         def of_rows(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=logps.dtype, device=logps.device)

@@ -21,11 +21,10 @@ Shapes: R response tokens of a row, or of a micro-batch's rows.
 """
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -33,15 +32,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
+from dpo.digests import DIGESTS, digest, write_beside
 from dpo.reference import Reference
 from dpo.tokens import Encoded
 from dpo.trainer import to_stream
 from models.stream import Stream
 
-DIGESTS = "digests.json"
 # To be raised with every change to models/ or dpo/logprobs.py that moves a log-probability by more than rounding, or
 # to what a part holds.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 # Rows of a part: what a run that is interrupted loses, at most.
 PART_ROWS = 4096
 
@@ -57,7 +56,7 @@ def cached_reference(
     """
     folder = cache_dir / reference_key(files, dtype, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {row_key(row): row for row in rows}
+    wanted = {row.key: row for row in rows}
     logps = read_parts(folder, wanted)
     missing = {key: row for key, row in wanted.items() if key not in logps}
     start = time.perf_counter()
@@ -70,7 +69,7 @@ def cached_reference(
     )
 
     def reference(stream: Stream, rows: Sequence[Encoded]) -> Tensor:
-        return torch.cat([logps[row_key(row)] for row in rows]).to(stream.target_R.device)
+        return torch.cat([logps[row.key] for row in rows]).to(stream.target_R.device)
 
     return reference
 
@@ -89,7 +88,7 @@ def _compute(
             for j in range(0, len(share), batch_size):
                 keys, rows = zip(*share[j : j + batch_size], strict=True)
                 logps_R = live(to_stream(rows, device), rows).cpu()
-                lengths = [sum(map(len, row.response_ids)) for row in rows]
+                lengths = [sum(row.lengths) for row in rows]
                 part |= zip(keys, logps_R.split(lengths), strict=True)
                 bar.update(len(rows))
             write_part(folder, part)
@@ -99,12 +98,8 @@ def _compute(
 
 def reference_key(files: Sequence[Path], dtype: torch.dtype, cache_dir: Path) -> str:
     """A name for everything that the log-probabilities of all rows depend on."""
-    names = [[path.name, _digest(path, cache_dir / DIGESTS)] for path in files]
+    names = [[path.name, digest(path, cache_dir / DIGESTS)] for path in files]
     return _sha256(json.dumps([NUMERICS_VERSION, str(dtype), names]).encode())[:32]
-
-
-def row_key(row: Encoded) -> str:
-    return _sha256(json.dumps([row.prompt_ids, row.response_ids]).encode())
 
 
 def write_part(folder: Path, logps: Mapping[str, Tensor]) -> None:
@@ -126,29 +121,5 @@ def read_parts(folder: Path, wanted: Container[str]) -> dict[str, Tensor]:
     return logps
 
 
-def _digest(path: Path, memory: Path) -> str:
-    """The SHA-256 of a file, remembered in `memory` for as long as the file is not touched."""
-    stat = path.stat()
-    # The time of change too: unlike the time of modification, no copying tool sets it back.
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: what it says is then found out again
-        known = {}
-    if key not in known:
-        with path.open("rb") as file:
-            known[key] = file_digest(file, "sha256").hexdigest()
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(memory, json.dumps(known, indent=0).encode())
-    return known[key]
-
-
 def _sha256(content: bytes) -> str:
     return sha256(content).hexdigest()
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that a reader never sees half of one."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -32,7 +32,7 @@ CONFIG, METRICS, RESULTS, HELD_OUT = "config.yaml", "metrics.jsonl", "results.js
 FREE_ON_RESUME = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "device", "eval_dataset",
     "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "max_steps", "num_train_epochs", "num_samples", "max_new_tokens", "ref_cache_dir",
+    "max_steps", "num_train_epochs", "num_samples", "max_new_tokens", "ref_cache_dir", "tokenized_path",
 })  # fmt: skip
 
 

@@ -10,7 +10,7 @@ Shapes: P pairs, R response tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +46,7 @@ class Objective(Protocol):
     def updated(self, step: int) -> None:
         """Called after update `step`, counted from 1."""
 
-    def check(self, rows: Sequence[Encoded]) -> None:
+    def check(self, rows: Iterable[Encoded]) -> None:
         """ValueError for a row that carries a number which is not honoured."""
 
     def units(self, rows: Sequence[Encoded]) -> int:
@@ -71,8 +71,8 @@ class SFTObjective:
     def updated(self, step: int) -> None:
         pass
 
-    def check(self, rows: Sequence[Encoded]) -> None:
-        for row in rows:
+    def check(self, rows: Iterable[Encoded]) -> None:
+        for row in (row for row in rows if row.has_numbers):
             for key in NUMBERS:
                 value = getattr(row.example, key)
                 if value != getattr(Example, key):  # the default, which changes nothing
@@ -81,7 +81,7 @@ class SFTObjective:
                     )
 
     def units(self, rows: Sequence[Encoded]) -> int:
-        return sum(len(ids) for row in rows for ids in row.response_ids)
+        return sum(sum(row.lengths) for row in rows)
 
     def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
         return token_logps(policy, stream)

@@ -9,7 +9,7 @@ branch on the row's prompt, so a packed stream of unpaired rows looks like one o
 Shapes: B rows; every quantity is (B,).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -66,9 +66,9 @@ def with_mismatched(rows: Sequence[Encoded], cutoff_len: int) -> list[Encoded]:
 class UnpairedObjective(PreferenceObjective):
     """What a trainer does with labelled rows; those of a loss that needs it carry a mismatched response."""
 
-    def check(self, rows: Sequence[Encoded]) -> None:
+    def check(self, rows: Iterable[Encoded]) -> None:
         """ValueError for a row whose margin or soft label cannot be honoured: both are of pairs."""
-        for row in rows:
+        for row in (row for row in rows if row.has_numbers):
             for key, off in (("margin", 0.0), ("soft_label", None)):
                 if getattr(row.example, key) != off:
                     given = f"{row.example.source}: {key}={getattr(row.example, key)}"

@@ -40,7 +40,7 @@ FLAGS_WITH_VALUE = (
 # LLaMA-Factory's and the Hugging Face trainer's keys that change no result here, with the values that hold for.
 ANY = object()
 WITHOUT_EFFECT: dict[str, Any] = {
-    "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY, "tokenized_path": None,
+    "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY,
     "dataloader_num_workers": ANY, "dataloader_pin_memory": ANY, "ddp_timeout": ANY, "ddp_find_unused_parameters": ANY,
     "plot_loss": ANY, "trust_remote_code": ANY, "report_to": ANY, "run_name": ANY, "logging_dir": ANY,
     "log_level": ANY,
@@ -204,7 +204,7 @@ def _check_key(key: str, value: Any, schema: type) -> None:
 def _type_of(schema: type, key: str) -> str:
     """The type of a key, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
-    words["list[str]"] = "a list like [a,b]"
+    words |= {"list[str]": "a list like [a,b]", "list[int]": "a list like [5,17]"}
     kind = next(f.type for f in fields(schema) if f.name == key)
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     return " or ".join(words[part] for part in name.split(" | "))

@@ -88,7 +88,7 @@ TEMPLATES = {
 
 
 class ChatTemplate:
-    """One template bound to one tokenizer."""
+    """One template bound to one tokenizer. `source` is all that it says: Jinja, or the fields of the named one."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, date_string: str | None = None):
         """name: a key of TEMPLATES, or `auto` for the checkpoint's own.
@@ -104,6 +104,7 @@ class ChatTemplate:
             raise ValueError(f"template=auto: the checkpoint has no chat template; name one of {', '.join(TEMPLATES)}")
         self.name = name
         self.tokenizer = tokenizer
+        self.source = tokenizer.chat_template if name == "auto" else repr(TEMPLATES[name])
         if name == "auto":
             self.render = _jinja_renderer(
                 tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, date_string
@@ -144,9 +145,8 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, ids of each response); the responses end with the template's end-of-turn."""
-        prompt, rendered = self.parts(messages, responses)
-        (prompt_ids,) = self.tokenizer.encode_rendered([prompt])
-        return prompt_ids, self.tokenizer.encode_rendered(rendered, after=prompt)
+        (ids,) = self.tokenizer.encode_continued([self.parts(messages, responses)])
+        return ids
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -14,7 +14,6 @@ instead, where that names LlamaTokenizer as the class.)
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from models.config import read_json
 # Stands for the first character of a special token's string inside a message (the next code points for other first
 # characters), and is turned back before encoding: see escape(). Of the last plane, where no font has put its icons.
 MARK = "\U00100000"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # One byte of a character that a SentencePiece vocabulary lacks.
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -36,6 +36,7 @@ class Tokenizer:
     Attributes:
         bos_token, eos_token: their strings, or None.
         chat_template: the checkpoint's own Jinja, or None.
+        files: what text, ids and templates come from.
         stop_ids: ids that end a generated response: eos and what generation_config.json adds.
     """
 
@@ -54,8 +55,9 @@ class Tokenizer:
         added = self.rust.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
         longest_first = sorted((t for t in added.values() if t.special), key=lambda t: len(t.content), reverse=True)
-        alternatives = "|".join(re.escape(t.content) for t in longest_first) or r"(?!)"
-        self._starts = re.compile(f"(?={alternatives}).", re.DOTALL)
+        # The first character stands before the look-ahead, so that `re` skips to the next one as fast as str.find.
+        starts = [f"{re.escape(t.content[0])}(?={re.escape(t.content[1:])})" for t in longest_first]
+        self._starts = re.compile("|".join(starts) or r"(?!)")
         self._heads = {token[:n] for token in self.special_ids for n in range(1, len(token))}
         self._longest_head = max(map(len, self._heads), default=0)
         # lstrip and rstrip: the token takes the white space beside it.
@@ -63,7 +65,6 @@ class Tokenizer:
         self._specials = re.compile("|".join(taking) or r"(?!)")
         firsts = sorted({token[0] for token in self.special_ids})
         self._marks = {first: chr(ord(MARK) + i) for i, first in enumerate(firsts)}
-        self._unmark = {ord(mark): first for first, mark in self._marks.items()}
         # SentencePiece puts a space before whatever it is given, but none belongs where a text continues. Such a piece
         # is given with a mark in front, and a last step cuts that off with the space. (A second tokenizer without the
         # space would leave it out after an added token inside the piece, too.)
@@ -77,6 +78,7 @@ class Tokenizer:
             if "prepend_scheme=first" in steps:  # the others put the space after every special token too
                 self._after_special = self._after_text
         settings = path.with_name("tokenizer_config.json")
+        self.files = [path.with_name(name) for name in FILES if path.with_name(name).is_file()]
         self.bos_token, self.eos_token = (_token_string(settings, key) for key in ("bos_token", "eos_token"))
         self.chat_template = _chat_template(settings)
         generation = path.with_name("generation_config.json")
@@ -107,7 +109,8 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; nothing is added, special strings stay characters."""
-        return [encoding.ids for encoding in self.rust.encode_batch(list(texts), add_special_tokens=False)]
+        # Fast: without the tokens' places in the text.
+        return [encoding.ids for encoding in self.rust.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_rendered(self, texts: Sequence[str], after: str = "") -> list[list[int]]:
         """Token ids of rendered templates, in which the messages' text went through escape().
@@ -115,16 +118,35 @@ class Tokenizer:
         after: the rendered text that each of them continues.
         """
         before = self._split(after)[-1] if after else None
-        split = [self._split(text) for text in texts]
-        marks = {type(None): "", str: self._after_text, int: self._after_special}  # by what stands before a part
-        pieces = [
-            marks[type(left)] + part
-            for parts in split
-            for left, part in pairwise([before, *parts])
-            if isinstance(part, str)
-        ]
-        encoded = iter(self.encode(pieces))
-        return [[i for part in parts for i in (next(encoded) if isinstance(part, str) else [part])] for parts in split]
+        return self._encode_parts([self._marked(before, self._split(text)) for text in texts])
+
+    def encode_continued(
+        self, rendered: Sequence[tuple[str, Sequence[str]]]
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """encode_rendered of many prompts and of the texts that continue each, at once: `tokenizers` uses all cores."""
+        parts = []
+        for prompt, texts in rendered:
+            split = self._split(prompt)
+            before = split[-1] if split else None
+            parts += [self._marked(None, split), *(self._marked(before, self._split(text)) for text in texts)]
+        ids = iter(self._encode_parts(parts))
+        return [(next(ids), [next(ids) for _ in texts]) for _, texts in rendered]
+
+    def _encode_parts(self, texts: Sequence[Sequence[str | int]]) -> list[list[int]]:
+        """Ids of texts that are cut into plain text and specials' ids."""
+        # Each text once: "user\n" stands in every row, and one prompt may stand in many.
+        plain = list(dict.fromkeys(part for parts in texts for part in parts if isinstance(part, str)))
+        known = dict(zip(plain, self.encode(plain), strict=True))
+        return [[i for part in parts for i in (known[part] if isinstance(part, str) else (part,))] for parts in texts]
+
+    def _marked(self, before: str | int | None, parts: Sequence[str | int]) -> list[str | int]:
+        """The parts, text with the mark that says what stands before it."""
+        marks = {type(None): "", str: self._after_text, int: self._after_special}
+        marked: list[str | int] = []
+        for part in parts:
+            marked.append(marks[type(before)] + part if isinstance(part, str) else part)
+            before = part
+        return marked
 
     def _split(self, text: str) -> list[str | int]:
         """Text between the special tokens, marks taken out, and the specials' ids."""
@@ -132,10 +154,15 @@ class Tokenizer:
         start = 0
         for match in self._specials.finditer(text):
             token = match[0] if match[0] in self.special_ids else match[0].strip()
-            parts += [text[start : match.start()].translate(self._unmark), self.special_ids[token]]
+            parts += [self._unmarked(text[start : match.start()]), self.special_ids[token]]
             start = match.end()
-        parts.append(text[start:].translate(self._unmark))
+        parts.append(self._unmarked(text[start:]))
         return [part for part in parts if part != ""]
+
+    def _unmarked(self, text: str) -> str:
+        for first, mark in self._marks.items():
+            text = text.replace(mark, first)
+        return text
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.rust.decode(list(ids), skip_special_tokens=skip_special_tokens)

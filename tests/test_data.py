@@ -8,12 +8,10 @@ import pytest
 
 from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, trained_prompts
 from dpo.formats import BadRow, Example, examples_of
-from dpo.tokens import encode, encode_all
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parent.parent / "experiments" / "world" / "model"
-END_OF_TURN = 2  # <|im_end|> in the world's tokenizer
 GOOD = {"prompt": "q", "chosen": "c", "rejected": "r"}
 
 
@@ -365,110 +363,6 @@ def test_max_samples_counts_rows_from_the_start_and_reads_no_further(tmp_path, n
     text = text.rstrip().removesuffix("]") + (", {broken" if name == "rows.json" else "{broken")
     examples, bad = read(tmp_path, text, name=name, on_bad_row="skip", max_samples=2)
     assert (len(examples), len(bad)) == (1, 1)
-
-
-# --- tokens ---
-
-PROMPT = messages("system: Be kind.", "user: What is a cow?", "assistant: A cow is big.", "user: And a hen?")
-LONG = Example(PROMPT, ("A hen is a small bird.", "No idea at all, sorry."), "rows.jsonl:7")
-
-
-def test_tokens_are_the_templates_and_responses_end_in_end_of_turn(template):
-    row = encode(LONG, template, cutoff_len=512)
-    assert (row.prompt_ids, list(row.response_ids)) == template.encode(LONG.messages, LONG.responses)
-    assert all(END_OF_TURN in ids for ids in row.response_ids)
-    assert (row.dropped_turns, row.cut) == (0, (False, False))
-    assert row.tokens == len(row.prompt_ids) + sum(len(ids) for ids in row.response_ids)
-
-
-def test_a_row_that_fits_exactly_is_left_whole(template):
-    whole = encode(LONG, template, cutoff_len=512)
-    length = len(whole.prompt_ids) + max(len(ids) for ids in whole.response_ids)
-    assert encode(LONG, template, cutoff_len=length) == whole
-    assert encode(LONG, template, cutoff_len=length - 1).dropped_turns == 2
-
-
-def test_whole_old_turns_go_first_and_system_and_last_turn_stay(template):
-    """One token too long, and the first question goes with its answer: as if the row had never held them."""
-    whole = encode(LONG, template, cutoff_len=512)
-    row = encode(LONG, template, cutoff_len=len(whole.prompt_ids) + max(map(len, whole.response_ids)) - 1)
-    without = template.encode((PROMPT[0], PROMPT[3]), LONG.responses)
-    assert (row.prompt_ids, list(row.response_ids)) == without
-    assert (row.dropped_turns, row.cut) == (2, (False, False))
-
-
-def test_no_more_old_turns_go_than_must(template):
-    """Three questions; room for two of them."""
-    turns = ("user: one one one", "assistant: a", "user: two", "assistant: b", "user: three")
-    example = Example(messages(*turns), ("c", "r"), "f:1")
-    shorter = template.encode(messages(*turns[2:]), ("c", "r"))
-    row = encode(example, template, cutoff_len=len(shorter[0]) + len(shorter[1][0]))
-    assert (row.prompt_ids, row.dropped_turns) == (shorter[0], 2)
-
-
-def test_responses_are_cut_at_their_end_and_lose_their_end_of_turn(template):
-    """With the old turns gone and room for 3 tokens, each response keeps its first 3, which end nothing."""
-    prompt_ids, responses = template.encode((PROMPT[0], PROMPT[3]), LONG.responses)
-    row = encode(LONG, template, cutoff_len=len(prompt_ids) + 3)
-    assert row.prompt_ids == prompt_ids and list(row.response_ids) == [ids[:3] for ids in responses]
-    assert all(END_OF_TURN not in ids for ids in row.response_ids)
-    assert (row.dropped_turns, row.cut) == (2, (True, True))
-
-
-def test_only_the_response_that_is_too_long_is_cut(template):
-    example = Example(messages("user: q"), ("A hen is a small bird that lays eggs.", "No."), "f:1")
-    prompt_ids, responses = template.encode(example.messages, example.responses)
-    row = encode(example, template, cutoff_len=len(prompt_ids) + len(responses[1]))
-    assert row.cut == (True, False) and row.response_ids[1] == responses[1]
-
-
-def test_a_last_turn_that_leaves_no_room_is_a_bad_row(template):
-    """One response token must fit; at one token less the row is refused, with the number that it needs."""
-    length = len(template.encode((PROMPT[0], PROMPT[3]), LONG.responses)[0])
-    assert encode(LONG, template, cutoff_len=length + 1).cut == (True, True)
-    with pytest.raises(BadRow, match=rf"rows\.jsonl:7: .* take {length} tokens .* cutoff_len={length};"):
-        encode(LONG, template, cutoff_len=length)
-
-
-def test_responses_that_are_equal_once_cut_are_a_bad_row(template):
-    """`A hen eats.` and `A hen drinks.` differ after their common beginning only."""
-    example = Example(messages("user: q"), ("A hen eats.", "A hen drinks."), "rows.jsonl:7")
-    prompt_ids, (chosen, rejected) = template.encode(example.messages, example.responses)
-    same = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    assert encode(example, template, cutoff_len=len(prompt_ids) + same + 1).cut == (True, True)
-    with pytest.raises(BadRow, match=rf"rows\.jsonl:7: .*equal within cutoff_len={len(prompt_ids) + same}"):
-        encode(example, template, cutoff_len=len(prompt_ids) + same)
-
-
-def test_responses_that_the_template_makes_equal_are_not_blamed_on_cutoff_len():
-    """A template that trims white space makes `yes` and `yes ` one response; no cutoff_len would help."""
-    tokenizer = Tokenizer(MODEL)
-    tokenizer.chat_template = str(tokenizer.chat_template).replace("message.content", "message.content.strip()")
-    with pytest.raises(BadRow, match=r"f:1: .*equal") as caught:
-        encode(Example(messages("user: q"), ("yes", "yes "), "f:1"), ChatTemplate("auto", tokenizer), cutoff_len=512)
-    assert "cutoff_len" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["a\U00100000b", "a\ud800b"], ids=["reserved_mark", "lone_surrogate"])
-def test_text_that_the_tokenizer_cannot_take_is_a_bad_row(template, text):
-    """The mark is reserved by the tokenizer; half a surrogate pair is valid in JSON and no Unicode text."""
-    bad = Example(messages("user: q"), (text, "r"), "rows.jsonl:7")
-    good = Example(messages("user: q"), ("c", "r"), "rows.jsonl:8")
-    with pytest.raises(BadRow, match=r"rows\.jsonl:7: "):
-        encode(bad, template, cutoff_len=512)
-    encoded, skipped = encode_all([bad, good], template, cutoff_len=512, on_bad_row="skip")
-    assert [row.example for row in encoded] == [good] and len(skipped) == 1
-
-
-def test_encode_all_stops_or_skips_and_never_returns_nothing(template):
-    short = Example(messages("user: q"), ("c", "r"), "f:1")
-    tight = len(template.encode(short.messages, short.responses)[0]) + 1
-    with pytest.raises(BadRow, match=r"rows\.jsonl:7"):
-        encode_all([short, LONG], template, cutoff_len=tight, on_bad_row="stop")
-    encoded, bad = encode_all([short, LONG, short], template, cutoff_len=tight, on_bad_row="skip")
-    assert [row.example for row in encoded] == [short, short] and len(bad) == 1 and "rows.jsonl:7" in bad[0]
-    with pytest.raises(ValueError, match=r"no row is left after tokenization \(1 bad\): rows\.jsonl:7"):
-        encode_all([LONG], template, cutoff_len=tight, on_bad_row="skip")
 
 
 # --- splitting ---

@@ -13,6 +13,7 @@ import train as train_entry
 from dpo import losses
 from dpo.config import EvalConfig, TrainConfig
 from dpo.formats import FORMATS, examples_of
+from dpo.show import ShowConfig, show
 from models.chat import ChatConfig
 from models.command import expand_arguments
 from models.export import ExportConfig
@@ -23,13 +24,14 @@ COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if re.search(r"python (train\.py|eval\.py|-m models\.)", line)
+    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.data)", line)
 ]
 ROOTS = {
     "train.py": ("config", TrainConfig),
     "eval.py": ("eval", EvalConfig),
     "models.chat": ("chat", ChatConfig),
     "models.export": ("export", ExportConfig),
+    "dpo.data": ("show", ShowConfig),
 }
 
 
@@ -107,3 +109,10 @@ def test_the_readmes_loss_of_ones_own_is_a_loss(monkeypatch):
     exec(block, vars(losses) | {"PREF_LOSSES": table})
     zero = torch.zeros(2)
     assert table["cubic"].function(zero, zero, beta=0.1).tolist() == [table["cubic"].start(beta=0.1)] * 2
+
+
+def test_what_the_readme_shows_of_a_row_is_what_is_printed(capsys):
+    block = re.search(r"### What the model sees\n.*?```\n(3000 rows.*?)```", README, re.DOTALL)[1]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        show(compose("show", ["dataset=world", "show=1"]), colour=False)
+    assert capsys.readouterr().out.replace(f"{ROOT}/", "") == block

@@ -13,13 +13,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import dpo.build
+import dpo.digests
 import dpo.reference
 import dpo.reference_cache
 from dpo.build import WORLD
 from dpo.config import EvalConfig, check
 from dpo.formats import Example
 from dpo.metrics import TIMING_KEYS
-from dpo.reference_cache import cached_reference, reference_key, row_key
+from dpo.reference_cache import cached_reference, reference_key
 from dpo.run import check_resume
 from dpo.tokens import Encoded
 from dpo.trainer import to_stream
@@ -76,7 +77,7 @@ def parts(cache: Path) -> list[Path]:
 
 
 def test_what_was_computed_is_found(cache, capsys):
-    assert sorted(map(row_key, ask(cache))) == sorted(map(row_key, ROWS))
+    assert sorted(row.key for row in ask(cache)) == sorted(row.key for row in ROWS)
     assert ask(cache) == []
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("reference cache: 0 of 3 rows found, 3 computed in ")
@@ -105,8 +106,8 @@ def test_a_rows_key_is_its_token_ids():
         row([1, 2], [3], [4, 5]), row([1], [2, 3], [4, 5]), row([1, 2], [3, 4], [5]), row([1, 2], [4, 5], [3]),
         row([1, 2], [3]), row([1, 2], [3], [4, 6]), row([12], [3], [4, 5]),
     ]  # fmt: skip
-    assert row_key(same) == row_key(ROWS[0])
-    assert len({row_key(r) for r in [same, *others]}) == 7
+    assert same.key == ROWS[0].key
+    assert len({r.key for r in [same, *others]}) == 7
 
 
 def test_the_key_is_bytes_dtype_and_version_and_not_where_the_files_lie(tmp_path, monkeypatch):
@@ -130,8 +131,8 @@ def test_the_key_is_bytes_dtype_and_version_and_not_where_the_files_lie(tmp_path
 
 def test_a_file_is_hashed_again_only_when_it_was_touched(tmp_path, monkeypatch):
     hashed = []
-    file_digest = dpo.reference_cache.file_digest
-    monkeypatch.setattr(dpo.reference_cache, "file_digest", lambda f, name: hashed.append(f) or file_digest(f, name))
+    file_digest = dpo.digests.file_digest
+    monkeypatch.setattr(dpo.digests, "file_digest", lambda f, name: hashed.append(f) or file_digest(f, name))
     weights = tmp_path / "weights"
     weights.write_bytes(b"old")
     old = reference_key([weights], torch.float32, tmp_path)
@@ -154,7 +155,7 @@ def test_a_damaged_part_is_said_left_alone_and_computed_again(cache, capsys, dam
     """Cut short, emptied, and one bit in its length, its header and its last number."""
     ask(cache, ROWS[:2])
     ask(cache, ROWS[2:])
-    broken = next(path for path in parts(cache) if row_key(ROWS[2]).encode() in path.read_bytes())
+    broken = next(path for path in parts(cache) if ROWS[2].key.encode() in path.read_bytes())
     content = damage(broken.read_bytes())
     broken.write_bytes(content)
     capsys.readouterr()
@@ -171,7 +172,7 @@ def test_a_write_that_was_cut_short_leaves_nothing_that_is_read(cache, monkeypat
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo.reference_cache.os, "replace", interrupt)
+        patch.setattr(dpo.digests.os, "replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ask(cache)
     assert len(list(cache.glob("*/*.tmp"))) == 1 and parts(cache) == []
