@@ -107,6 +107,11 @@ def test_conversations_that_are_no_pair_are_refused_in_precise_words(key, writte
     refused(row, rule if key != "same" else "chosen equals rejected")
 
 
+@pytest.mark.parametrize("written", [dict, v1, hh])
+def test_sft_reads_the_chosen_conversation_whatever_the_other_one_says(written):
+    assert one(written({"chosen": [*OLD, CHOSEN], "rejected": [USER]}), "sft").responses == ("c",)
+
+
 def test_a_dialogue_begins_with_a_mark_and_keeps_every_other_blank():
     """One blank after the colon is the mark's; all else is the text's."""
     example = one({"chosen": "\n\nHuman:  q \n\nAssistant:c\n", "rejected": "\n\nHuman:  q \n\nAssistant: r"})
