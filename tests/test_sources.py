@@ -101,7 +101,7 @@ def test_columns_and_tags_of_an_entry_are_the_rows_keys_and_words(tmp_path):
 
 def test_the_columns_of_an_alpaca_entry_are_question_input_answer_and_history(tmp_path):
     entry = {"file_name": "rows.jsonl", "columns": {"prompt": "q", "query": "more", "response": "a", "history": "old"}}
-    given = {"q": "q2", "more": "m", "a": "c", "old": [["q1", "a1"]], "instruction": "not read"}
+    given = {"q": "q2", "more": "m", "a": "c", "old": [["q1", "a1"]], "messages": "not read"}
     (example,), _ = read_examples(registered(tmp_path, entry, given), stage="sft", on_bad_row="stop")
     assert [m["content"] for m in example.messages] == ["q1", "a1", "q2\nm"] and example.responses == ("c",)
 
