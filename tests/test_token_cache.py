@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dpo.run import check_resume
 from dpo.token_cache import cached_rows, read_rows, rows_key, write_rows
 from dpo.tokens import Encoded, Rows
 from models.command import expand_arguments
+from models.template import TEMPLATES
 from train import sweep_job, train
 
 CONF = str(Path(__file__).parent.parent / "conf")
@@ -229,6 +231,13 @@ def test_every_key_that_changes_the_rows_is_in_the_caches_key(tmp_path):
     for change in ("pref_loss=ipo pref_beta=0.3", "learning_rate=1e-4", "seed=3", "per_device_train_batch_size=2"):
         rows_of("cutoff_len=40", *change.split(), f"tokenized_path={cache}")
     assert len(list(cache.glob("*.safetensors"))) == number
+
+
+def test_a_named_template_that_is_changed_is_another_key(tmp_path, monkeypatch):
+    rows_of("template=chatml", f"tokenized_path={tmp_path}")
+    monkeypatch.setitem(TEMPLATES, "chatml", replace(TEMPLATES["chatml"], default_system="Be kind."))
+    rows_of("template=chatml", f"tokenized_path={tmp_path}")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_a_run_from_the_cache_is_the_run_without_it(tmp_path):
