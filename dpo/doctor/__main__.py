@@ -7,6 +7,7 @@ these is measured; nothing is changed but in a new file (export=).
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,12 @@ def _path(cfg: DictConfig, dataset: str, world_file: str) -> Path:
 
 def _with_model(examples: Sequence[Example], cfg: DictConfig) -> list[Check]:
     try:
-        from dpo.doctor import with_model
-    except ImportError:
+        with_model: Any = import_module("dpo.doctor.with_model")
+    except ModuleNotFoundError:
         raise ValueError(
             f"model_name_or_path={cfg.model_name_or_path}: the checks that ask a model are not here; leave it out"
         ) from None
-    checks: Any = with_model.checks
-    return checks(examples, cfg)
+    return with_model.checks(examples, cfg)
 
 
 if __name__ == "__main__":

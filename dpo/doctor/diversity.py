@@ -1,5 +1,7 @@
 """Diversity: how many different things the dataset asks and answers."""
 
+from collections import Counter
+
 import numpy as np
 
 from dpo.doctor.check import Check
@@ -10,6 +12,8 @@ PAIRS = 100_000
 ONE_TEMPLATE_NOTED, ONE_TEMPLATE_WARNED = 0.2, 0.5
 FEW_PROMPTS_NOTED, FEW_PROMPTS_WARNED = 0.5, 0.1
 CANNED_NOTED, CANNED_WARNED = 0.01, 0.1
+# Fewer rows than this, or with the same response, are worth no note.
+FEW = 10
 
 
 def check_diversity(corpus: Corpus) -> list[Check]:
@@ -20,14 +24,13 @@ def prompts(corpus: Corpus) -> Check:
     counts = np.bincount(corpus.prompts)
     distinct = len(counts) / len(corpus)
     template = [tuple(corpus.question_words[row][:3].tolist()) for row in range(len(corpus))]
-    commonest = max(set(template), key=template.count) if len(template) < 1000 else _commonest(template)
+    commonest, _ = Counter(template).most_common(1)[0]
     members = np.flatnonzero([start == commonest for start in template])
     largest = len(members) / len(corpus)
     words = " ".join(corpus.vocabulary.words[word] for word in commonest)
-    if largest >= ONE_TEMPLATE_WARNED or distinct < FEW_PROMPTS_WARNED:
-        verdict = "warn"
-    else:
-        verdict = "note" if largest >= ONE_TEMPLATE_NOTED or distinct < FEW_PROMPTS_NOTED else "ok"
+    verdict = "ok"
+    if len(corpus) >= FEW and (largest >= ONE_TEMPLATE_NOTED or distinct < FEW_PROMPTS_NOTED):
+        verdict = "warn" if largest >= ONE_TEMPLATE_WARNED or distinct < FEW_PROMPTS_WARNED else "note"
     return Check(
         "prompt_diversity",
         "Are the prompts diverse?",
@@ -37,45 +40,36 @@ def prompts(corpus: Corpus) -> Check:
         advice="Add other prompts: what is learnt from a few does not carry far." if verdict != "ok" else "",
         numbers={
             "prompts": len(counts), "distinct": distinct, "rows_per_prompt_most": int(counts.max()),
-            "largest_template": largest,
+            "largest_template": largest, "share": largest,
         },
         rows={int(row): "of the commonest kind of question" for row in members[:20]} if verdict != "ok" else {},
     )  # fmt: skip
 
 
-def _commonest(items: list[tuple[int, ...]]) -> tuple[int, ...]:
-    counts: dict[tuple[int, ...], int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return max(counts, key=counts.__getitem__)
-
-
 def responses(corpus: Corpus) -> Check:
     numbers: dict[str, float] = {}
     canned: dict[int, str] = {}
+    most = 1
     for side, _, words in corpus.sides:
         first, second = words.flat[:-1][:PAIRS].astype(np.int64), words.flat[1:][:PAIRS]
         inside = (words.rows[:-1] == words.rows[1:])[:PAIRS]
         pairs = (first * len(corpus.vocabulary) + second)[inside]
         numbers[f"{side}_distinct_2"] = len(np.unique(pairs)) / max(len(pairs), 1)
         counts = np.bincount(words.keys)
-        numbers[f"{side}_commonest"] = float(counts.max() / len(corpus)) if counts.max() > 1 else 0.0
-        commonest = int(counts.argmax())
-        if counts.max() > 1:
-            for row in np.flatnonzero(words.keys == commonest):
-                canned.setdefault(int(row), f"{side} is the same in {counts.max():,} rows")
-    largest = max(numbers["chosen_commonest"], numbers["rejected_commonest"])
-    if largest >= CANNED_WARNED:
-        verdict = "warn"
-    else:
-        verdict = "note" if largest >= CANNED_NOTED and len(canned) >= 10 else "ok"
+        numbers[f"{side}_commonest"] = float(counts.max() / len(corpus))
+        for row in np.flatnonzero(words.keys == counts.argmax()):
+            canned.setdefault(int(row), f"{side} is the same in {counts.max():,} rows")
+        most = max(most, int(counts.max()))
+    canned_share = most / len(corpus) if most >= FEW else 0.0
+    verdict = "warn" if canned_share >= CANNED_WARNED else "note" if canned_share >= CANNED_NOTED else "ok"
     return Check(
         "response_diversity",
         "Are the responses diverse?",
         verdict,
-        f"distinct word pairs: {numbers['chosen_distinct_2']:.0%} of chosen, {numbers['rejected_distinct_2']:.0%} of "
-        f"rejected (of the first {PAIRS:,}); the commonest response stands in {share(largest * len(corpus), len(corpus))}",
+        f"distinct word pairs: {numbers['chosen_distinct_2']:.0%} of chosen, "
+        f"{numbers['rejected_distinct_2']:.0%} of rejected (of the first {PAIRS:,}); the commonest response stands in "
+        f"{share(most, len(corpus))}",
         advice="A canned response is known by its words alone: draw these again." if verdict != "ok" else "",
-        numbers=numbers,
+        numbers=numbers | {"share": most / len(corpus)},
         rows=canned if verdict != "ok" else {},
     )

@@ -2,14 +2,15 @@
 
 Near-duplicates have a Jaccard similarity of at least 0.8 between their sets of 5-word shingles. MinHash (Broder 1997)
 finds candidates: under a random order of all shingles, two sets have the same first one with a probability equal to
-their similarity. 128 orders in 32 bands of 4 make candidates of those that agree in a whole band; each is then confirmed
-by the sets themselves.
+their similarity. 128 orders in 32 bands of 4 make candidates of those that agree in a whole band; each is then
+confirmed by the sets themselves.
 
 Shapes: H hash functions, N texts.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def near_pairs(signatures_HN: np.ndarray, parts: Sequence[Shingles]) -> list[tup
         equal[signatures_HN[:, row].tobytes()].append(row)
     rows = np.array([same[0] for same in equal.values()], dtype=np.int64)
     # Equal signatures are almost surely equal sets; the confirmation below is for these too.
-    pairs = {pair for same in equal.values() for pair in zip(same, same[1:], strict=False)}
+    pairs = {pair for same in equal.values() for pair in pairwise(same)}
     pairs |= set(map(tuple, candidates(signatures_HN[:, rows], rows).tolist()))
     found = []
     for a, b in sorted(pairs):

@@ -1,8 +1,8 @@
 """Leaks: prompts of a held-out set or a benchmark that are also trained on.
 
-A prompt leaks if the dataset shares 13 consecutive words of it, the rule of GPT-3 (Brown et al. 2020, arXiv:2005.14165,
-appendix C); of one shorter than that, 8 consecutive words; of one shorter still, the whole. What stands in more than one
-in a hundred of the dataset's prompts is a template of its own and no leak.
+A prompt leaks if the dataset shares 13 consecutive words of it, the rule of GPT-3 (Brown et al. 2020,
+arXiv:2005.14165, appendix C); of one shorter than that, 8 consecutive words; of one shorter still, the whole. What
+stands in more than one in a hundred of the dataset's prompts is a template of its own and no leak.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

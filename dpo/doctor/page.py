@@ -22,14 +22,16 @@ WORST, LONGEST = 10, 2000
 COMPARED_WORDS = 400
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; }
+table { border-collapse: collapse; width: 100%; }
+td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; }
 tr + tr td { border-top: 1px solid #ddd; }
 .ok, .note, .warn { font-weight: bold; } .ok { color: #2a7d2e; } .note { color: #a86500; } .warn { color: #b3261e; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: .5rem; border-radius: .3rem;
   max-height: 24rem; overflow: auto; font-size: 14px; }
 .row { border-left: 3px solid #ccc; padding-left: .8rem; margin: 1rem 0; } .prompt { background: #eef2f7; }
-mark { background: #ffe08a; } img { max-width: 100%; } summary { cursor: pointer; } .place { color: #666; font-size: 13px; }
+mark { background: #ffe08a; } img { max-width: 100%; } summary { cursor: pointer; }
+.place { color: #666; font-size: 13px; }
 """
 
 
@@ -45,21 +47,26 @@ def write_page(path: Path, checks: Sequence[Check], corpus: Corpus, about: Mappi
             *_telling(checks),
             "<h2>All questions</h2><table>",
             *(
-                f'<tr><td class="{check.verdict}">{check.verdict}</td>'
-                f'<td><a href="#{escape(check.name)}">{escape(check.question)}</a></td><td>{escape(check.summary)}</td></tr>'
+                f'<tr><td class="{check.verdict}">{check.verdict}</td><td>{_link(check)}</td>'
+                f"<td>{escape(check.summary)}</td></tr>"
                 for check in checks
             ),
             "</table>",
-            *(
-                _section(check, corpus)
-                for check in checks
-                if check.rows or check.values or check.verdict != VERDICTS[0]
-            ),
+            *(_section(check, corpus) for check in checks if _has_section(check)),
             "</body></html>",
         ]
     )
     # Half a surrogate pair, which JSON can hold, has no UTF-8.
     path.write_bytes((page + "\n").encode("utf-8", "backslashreplace"))
+
+
+def _has_section(check: Check) -> bool:
+    return bool(check.rows or check.values or check.verdict != VERDICTS[0])
+
+
+def _link(check: Check) -> str:
+    question = escape(check.question)
+    return f'<a href="#{escape(check.name)}">{question}</a>' if _has_section(check) else question
 
 
 def _telling(checks: Sequence[Check]) -> list[str]:
@@ -78,7 +85,8 @@ def _section(check: Check, corpus: Corpus) -> str:
     return "\n".join(
         [
             f'<h2 id="{escape(check.name)}">{escape(check.question)}</h2>',
-            f'<p><span class="{check.verdict}">{check.verdict}</span> {escape(check.summary)}. {escape(check.advice)}</p>',
+            f'<p><span class="{check.verdict}">{check.verdict}</span> {escape(check.summary)}.</p>',
+            f"<p>{escape(check.advice)}</p>" if check.advice else "",
             _plot(check.values) if check.values else "",
             f"<details><summary>{min(WORST, len(rows))} of {len(rows):,} rows</summary>" if rows else "",
             *(_row(row, why, corpus) for row, why in rows[:WORST]),
@@ -124,11 +132,13 @@ def _plot(values: Mapping[str, np.ndarray]) -> str:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
     together = np.concatenate([np.asarray(value, dtype=float) for value in values.values()])
-    low, high = np.quantile(together[np.isfinite(together)], [0.005, 0.995]) if len(together) else (0.0, 1.0)
+    low, high = np.quantile(together, [0.005, 0.995])
+    edges = np.linspace(low, max(high, low + 1e-6), 51).tolist()
     for name, value in values.items():
-        axis.hist(np.clip(value, low, high), bins=np.linspace(low, max(high, low + 1e-9), 51), alpha=0.55, label=name)
+        axis.hist(np.clip(value, low, high), bins=edges, alpha=0.55, label=name)
     axis.set_ylabel("rows")
     axis.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    return f'<img alt="{escape(", ".join(values))}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+    data = base64.b64encode(picture.getvalue()).decode()
+    return f'<img alt="{escape(", ".join(values))}" src="data:image/png;base64,{data}">'

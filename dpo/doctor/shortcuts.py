@@ -161,6 +161,7 @@ def length(corpus: Corpus) -> Check:
     )  # fmt: skip
 
 
+LIST_ITEM = re.compile(r"\n[ \t]*(?:[-*+•]|\d+[.)])\s")
 # How often each kind of markup stands in a text, from a text that begins with a line break.
 MARKUP: dict[str, Callable[[str], int]] = {
     "list items": lambda text: len(LIST_ITEM.findall(text)),
@@ -172,7 +173,6 @@ MARKUP: dict[str, Callable[[str], int]] = {
     "paragraphs": lambda text: text.count("\n\n"),
     "exclamation marks": lambda text: text.count("!"),
 }
-LIST_ITEM = re.compile(r"\n[ \t]*(?:[-*+•]|\d+[.)])\s")
 
 
 def formatting(corpus: Corpus, seed: int) -> Check:
@@ -225,7 +225,7 @@ def first_words(corpus: Corpus, seed: int) -> Check:
 
 
 def bag_of_words(corpus: Corpus, seed: int) -> Check:
-    """Words without their order, log(1 + count) idf, each response scaled to length 1, so that its length tells nothing."""
+    """Words without their order: log(1 + count) idf, each response scaled to length 1, so that length is no help."""
     rows = _some_rows(corpus, seed)
     common = np.argsort(-corpus.frequency, kind="stable")[:MOST_WORDS]
     column_of = np.full(len(corpus.vocabulary), -1)
@@ -248,8 +248,8 @@ def bag_of_words(corpus: Corpus, seed: int) -> Check:
 
     return _baseline(
         "bag_of_words", "Is chosen better in more than single words?", "words without their order", features, rows,
-        corpus, seed, telling, "Look at the words: where they are no part of what the labels mean, they are an artefact "
-        "of how one side was made.", noted=WARNED, warned=WORDS_WARNED,
+        corpus, seed, telling, "Look at the words: where they are no part of what the labels mean, they are an "
+        "artefact of how one side was made.", noted=WARNED, warned=WORDS_WARNED,
     )  # fmt: skip
 
 

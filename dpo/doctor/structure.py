@@ -50,8 +50,8 @@ def bad_rows(bad: Sequence[str], good: int) -> Check:
 def formatting_only(corpus: Corpus) -> Check:
     same = np.flatnonzero(corpus.chosen_words.counts == corpus.rejected_words.counts)
     rows = {
-        int(row): "the two sides differ in formatting only"
-        for row in same
+        row: "the two sides differ in formatting only"
+        for row in same.tolist()
         if np.array_equal(corpus.chosen_words[row], corpus.rejected_words[row])
         and symbols(corpus.chosen[row]) == symbols(corpus.rejected[row])
     }
@@ -149,31 +149,36 @@ BROKEN = {
     "half a surrogate pair": re.compile("[\ud800-\udfff]"),
 }
 ROLE_MARKS = re.compile(
-    r"<\|[\w ./-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<[bp]os>|<eos>"
-    r"|^(?:Human|Assistant|User|System): |^### (?:Instruction|Response|Human|Assistant):?",
+    r"<\|[\w./-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<[be]os>"
+    r"|^(?:Human|Assistant):(?:\s|$)|^### (?:Instruction|Response|Human|Assistant):",
     re.MULTILINE,
 )
 # Of these every mark holds one: most texts need no search.
-ROLE_MARK_HINTS = ("<|", "INST]", "SYS>>", "s>", "_turn>", ": ", "### ")
+ROLE_MARK_HINTS = ("<|", "INST]", "SYS>>", "s>", "_turn>", "Human:", "Assistant:", "### ")
 PLACEHOLDERS = {"n/a", "na", "none", "null", "nan", "undefined", "todo", "[deleted]", "[removed]", "deleted", "removed"}
 
 
 def broken_text(corpus: Corpus) -> Check:
     rows: dict[int, str] = {}
-    for where, texts in (("the prompt", corpus.question), *((side, texts) for side, texts, _ in corpus.sides)):
+    for side, texts, _ in corpus.sides:
         for row, text in enumerate(texts):
-            if row in rows or text.isascii() and text.isprintable():
-                continue
-            for name, pattern in BROKEN.items():
-                found = pattern.search(text)
-                if found:
-                    rows[row] = f"{where} holds {name} at character {found.start() + 1}"
-                    break
+            fault = fault_of(text)
+            if fault:
+                rows.setdefault(row, f"{side} holds {fault}")
+    prompts = sum(fault_of(text) is not None for text in corpus.question)
     return _flagged(
-        "broken_text", "Are the texts well-formed?", "hold control characters, mojibake or unreadable bytes", rows,
-        corpus, "Read the source again with its own encoding, or leave these rows out: the policy would learn to write "
-        "them.",
+        "broken_text", "Are the texts well-formed?",
+        "have a response with control characters, mojibake or unreadable bytes"
+        + (f"; {prompts:,} prompts hold such too, and stay" if prompts else ""), rows, corpus,
+        "Read the source again with its own encoding, or leave these rows out: the policy would learn to write them.",
     )  # fmt: skip
+
+
+def fault_of(text: str) -> str | None:
+    if text.isascii() and text.isprintable():
+        return None
+    found = ((name, pattern.search(text)) for name, pattern in BROKEN.items())
+    return next((f"{name} at character {match.start() + 1}" for name, match in found if match), None)
 
 
 def role_marks(corpus: Corpus) -> Check:
@@ -297,7 +302,11 @@ def scripts(corpus: Corpus) -> Check:
         advice="Translations are fine; elsewhere leave these rows out, or the language becomes the difference."
         if rows
         else "",
-        numbers={"sides_differ": int(sides.sum()), "prompt_differs": int((prompts & ~sides).sum())},
+        numbers={
+            "sides_differ": int(sides.sum()),
+            "prompt_differs": int((prompts & ~sides).sum()),
+            "share": len(rows) / len(corpus),
+        },
         rows=rows,
     )
 
@@ -390,6 +399,7 @@ def _one_sided(name: str, question: str, what: str, has, corpus: Corpus, advice:
             "only_chosen": int(only["chosen"].sum()),
             "only_rejected": int(only["rejected"].sum()),
             "both": int((chosen & rejected).sum()),
+            "share": one_sided / len(corpus),
         },
         rows={
             int(row): f"{side} alone does"

@@ -1,7 +1,8 @@
 """The texts of a dataset as the checks read them: every text cut into words once, every word a number.
 
 A word is a run of letters and digits after NFKC and lower case, or one character of a script written without spaces
-(Chinese, Japanese); apostrophes are left out (dont). Markup and punctuation are no words, so two texts that differ in nothing else have the same ones.
+(Chinese, Japanese); apostrophes are left out (dont). Markup and punctuation are no words, so two texts that differ in
+nothing else have the same ones.
 """
 
 import re
@@ -79,6 +80,11 @@ class Words:
         seen: dict[bytes, int] = {}
         return np.array([seen.setdefault(self[row].tobytes(), len(seen)) for row in range(len(self))], dtype=np.int64)
 
+    def frequency(self, vocabulary: int) -> np.ndarray:
+        """In how many rows each of so many words stands."""
+        distinct = [np.zeros(0, np.int32), *(np.unique(self[row]) for row in range(len(self)))]
+        return np.bincount(np.concatenate(distinct), minlength=vocabulary)
+
 
 class Corpus:
     """A dataset's pairs, as text and as words."""
@@ -121,8 +127,8 @@ class Corpus:
     @cached_property
     def frequency(self) -> np.ndarray:
         """In how many of the 2 rows responses each word of the vocabulary stands."""
-        distinct = [np.unique(words[row]) for _, _, words in self.sides for row in range(len(words))]
-        return np.bincount(np.concatenate(distinct), minlength=len(self.vocabulary))
+        size = len(self.vocabulary)
+        return self.chosen_words.frequency(size) + self.rejected_words.frequency(size)
 
 
 def share(count: float, rows: int) -> str:

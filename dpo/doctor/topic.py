@@ -2,8 +2,9 @@
 
     recall(x, y) = sum of idf(v) over the question's words v that stand in y / sum of idf(v) over all of them
 
-Words in more than a tenth of all responses say nothing of a topic and are left out. What recall means here is measured:
-the same response and another row's question give the recall of two texts that have nothing to do with each other.
+Words in more than a tenth of all responses or questions say nothing of a topic and are left out. What recall means
+here is measured: the same response and another row's question give the recall of two texts that have nothing to do with
+each other.
 """
 
 import numpy as np
@@ -14,14 +15,18 @@ from dpo.doctor.text import Corpus, Words, share
 
 COMMON = 0.1
 FEWEST_WORDS = 3
+# A shorter response may answer without a word of the question.
+SHORT = 20
 NOTED, WARNED = 0.05, 0.2
 # Own questions should beat others' more often than this: AUC of own recall against shuffled.
 UNRELATED = 0.6
 
 
 def check_topic(corpus: Corpus, seed: int) -> list[Check]:
-    idf = np.log(2 * len(corpus) / np.maximum(corpus.frequency, 1))
-    idf[corpus.frequency > max(COMMON * 2 * len(corpus), 5)] = 0
+    # Words that ask (what, explain) are common in questions alone.
+    asking = corpus.question_words.frequency(len(corpus.vocabulary))
+    idf = np.log(3 * len(corpus) / np.maximum(corpus.frequency + asking, 1))
+    idf[(corpus.frequency > max(2 * COMMON * len(corpus), 5)) | (asking > max(COMMON * len(corpus), 5))] = 0
     content = np.bincount(
         corpus.question_words.rows, weights=idf[corpus.question_words.flat] > 0, minlength=len(corpus)
     )
@@ -42,12 +47,13 @@ def check_topic(corpus: Corpus, seed: int) -> list[Check]:
 
 def recall(corpus: Corpus, words: Words, idf: np.ndarray, rows: np.ndarray, questions: np.ndarray) -> np.ndarray:
     """recall(question, response) of each row's response and the question of another row."""
-    found = np.zeros(len(rows))
+    found, said = np.zeros(len(rows)), np.zeros(len(idf), dtype=bool)
     for index, (row, question) in enumerate(zip(rows, questions, strict=True)):
         asked = np.unique(corpus.question_words[question])
         weights = idf[asked]
-        said = np.isin(asked, words[row], kind="table") if len(words[row]) else np.zeros(len(asked), bool)
-        found[index] = (weights * said).sum() / max(weights.sum(), 1e-12)
+        said[words[row]] = True
+        found[index] = weights[said[asked]].sum() / max(weights.sum(), 1e-12)
+        said[words[row]] = False
     return found
 
 
@@ -62,7 +68,7 @@ def _topic(corpus: Corpus, asked: np.ndarray, own: dict[str, np.ndarray], null: 
     aucs = {side: above(own[side], null[side]) for side in own}
     # Beyond what 19 of 20 responses to another question reach.
     chance = float(np.quantile(np.concatenate(list(null.values())), 0.95))
-    off = {side: own[side] == 0 for side in own}
+    off = {side: (own[side] == 0) & (words.counts[asked] >= SHORT) for side, _, words in corpus.sides}
     on = {side: own[side] > max(chance, 0.2) for side in own}
     strays = {
         int(asked[index]): f"{side} has none of the question's words, the other side {100 * own[rival][index]:.0f}%"
@@ -92,6 +98,7 @@ def _topic(corpus: Corpus, asked: np.ndarray, own: dict[str, np.ndarray], null: 
             "chosen_off_topic": int((off["chosen"] & on["rejected"]).sum()),
             "rejected_off_topic": int((off["rejected"] & on["chosen"]).sum()),
             "questions": len(asked),
+            "share": stray_share,
         },
         rows=strays,
         values={
