@@ -224,9 +224,11 @@ def test_an_export_never_replaces_a_file(tmp_path):
     other = write(tmp_path / "other.jsonl", [])
     beside = write(tmp_path / "new.jsonl.dropped.jsonl", [])
     for name, rule in (
-        (path, "rows.jsonl: is the dataset itself"), (other, "other.jsonl exists"),
-        (tmp_path / "new.jsonl", f"{beside} exists"), (tmp_path / "rows.txt", "rows.txt: expected the name of a .jsonl"),
-    ):  # fmt: skip
+        (path, "rows.jsonl: is the dataset itself"),
+        (other, "other.jsonl exists"),
+        (tmp_path / "new.jsonl", f"{beside} exists"),
+        (tmp_path / "rows.txt", r"rows.txt: expected the name of a .jsonl file"),
+    ):
         with pytest.raises(ValueError, match=rule):
             examine(config(f"dataset={path}", f"export={name}", f"output_dir={tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()

@@ -21,9 +21,9 @@ def test_prompts_are_counted():
     assert check.verdict == "note" and list(check.rows) == [0, 1, 2, 3, 4, 5] and "'what is the'" in check.summary
 
 
-@pytest.mark.parametrize("different, verdict", [(20, "ok"), (9, "note"), (1, "warn")])
+@pytest.mark.parametrize("different, verdict", [(10, "ok"), (9, "note"), (1, "warn")])
 def test_few_prompts_are_grave(different, verdict):
-    assert prompts(corpus_of(*[(f"{i % different} a b", "c", "r") for i in range(20)])).verdict == verdict
+    assert prompts(corpus_of(*[(f"a{i % different} b c", "c", "r") for i in range(100)])).verdict == verdict
 
 
 def test_word_pairs_are_counted_within_a_response():

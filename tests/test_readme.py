@@ -12,6 +12,7 @@ import eval as eval_entry
 import train as train_entry
 from dpo import losses
 from dpo.config import EvalConfig, TrainConfig
+from dpo.doctor.__main__ import DoctorConfig, examine
 from dpo.formats import FORMATS, examples_of
 from dpo.show import ShowConfig, show
 from models.chat import ChatConfig
@@ -24,11 +25,12 @@ COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.data)", line)
+    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.(data|doctor))", line)
 ]
 ROOTS = {
     "train.py": ("config", TrainConfig),
     "eval.py": ("eval", EvalConfig),
+    "dpo.doctor": ("doctor", DoctorConfig),
     "models.chat": ("chat", ChatConfig),
     "models.export": ("export", ExportConfig),
     "dpo.data": ("show", ShowConfig),
@@ -116,3 +118,12 @@ def test_what_the_readme_shows_of_a_row_is_what_is_printed(capsys):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         show(compose("show", ["dataset=world", "show=1"]), colour=False)
     assert capsys.readouterr().out.replace(f"{ROOT}/", "") == block
+
+
+@pytest.mark.slow
+def test_the_doctor_says_of_the_world_what_the_readme_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        examine(compose("doctor", ["dataset=world", "eval_dataset=world", "output_dir=out"]))
+    shown = re.search(r"Of the built-in world, for example:\n+```\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert len(shown) > 4 and set(shown) <= set(capsys.readouterr().out.splitlines())

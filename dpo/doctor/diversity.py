@@ -10,7 +10,7 @@ from dpo.doctor.text import Corpus, share
 # Word pairs that distinct-2 is counted on: the share falls with their number, so that it must be the same everywhere.
 PAIRS = 100_000
 ONE_TEMPLATE_NOTED, ONE_TEMPLATE_WARNED = 0.2, 0.5
-FEW_PROMPTS_NOTED, FEW_PROMPTS_WARNED = 0.5, 0.1
+FEW_PROMPTS_NOTED, FEW_PROMPTS_WARNED = 0.1, 0.02
 CANNED_NOTED, CANNED_WARNED = 0.01, 0.1
 # Fewer rows than this, or with the same response, are worth no note.
 FEW = 10
@@ -42,7 +42,7 @@ def prompts(corpus: Corpus) -> Check:
             "prompts": len(counts), "distinct": distinct, "rows_per_prompt_most": int(counts.max()),
             "largest_template": largest, "share": largest,
         },
-        rows={int(row): "of the commonest kind of question" for row in members[:20]} if verdict != "ok" else {},
+        rows={int(row): f"begins with {words!r}" for row in members[:20]} if largest >= ONE_TEMPLATE_NOTED else {},
     )  # fmt: skip
 
 
