@@ -105,6 +105,7 @@ def test_languages():
     assert flagged(scripts, chosen=ENGLISH, rejected=SPANISH)
     assert flagged(scripts, chosen=ENGLISH, rejected="Это дом, который стоит здесь давно")
     assert flagged(scripts, question="请问这是什么东西呢", chosen=ENGLISH, rejected=ENGLISH + " And more.")
+    assert not flagged(scripts, chosen="以下是如何启动的步骤", rejected="const app = express(); app.listen(port);")
     assert not flagged(scripts, chosen=ENGLISH, rejected="Lorem ipsum dolor sit amet consectetur")
     assert not flagged(scripts, chosen="これは日本語の文章です", rejected="日本国会議事堂のことです")
 

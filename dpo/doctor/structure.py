@@ -312,10 +312,9 @@ def scripts(corpus: Corpus) -> Check:
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether two languages are both known and different; latin letters may be any language that is written so."""
-    latin, spoken = LANGUAGES.index("latin"), len(LANGUAGES) - len(FUNCTION_WORDS)
-    unsure = ((a == latin) & (b >= spoken)) | ((b == latin) & (a >= spoken))
-    return (a != b) & (a >= 0) & (b >= 0) & ~unsure
+    """Whether two languages are both known and different; latin letters alone may be any of them, or code."""
+    latin = LANGUAGES.index("latin")
+    return (a != b) & (a >= 0) & (b >= 0) & (a != latin) & (b != latin)
 
 
 # --- marks on one side ---
