@@ -80,11 +80,12 @@ def test_the_built_in_world_is_worth_training_on(tmp_path, capsys):
     assert "500 rows: 0 warn" in capsys.readouterr().out
 
 
-def test_benchmarks_and_held_out_pairs_are_looked_for(tmp_path):
+def test_benchmarks_and_held_out_pairs_are_looked_for(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [pair("say one"), pair("say two"), pair("say three")])
-    held, bench = write(tmp_path / "held.jsonl", [pair("Say TWO!")]), write(tmp_path / "quiz.jsonl", ["say three"])
+    held, bench = write(tmp_path / "held.jsonl", [pair("Say TWO!"), {}]), write(tmp_path / "quiz.jsonl", ["say three"])
     cfg = config(f"dataset={path}", f"eval_dataset={held}", f"benchmarks=[{bench}]", f"output_dir={tmp_path / 'out'}")
     checks = {c.name: c for c in examine(cfg)}
+    assert "eval_dataset: 1 rows cannot be used; the first:" in capsys.readouterr().out
     assert list(checks["leaks_eval_dataset"].rows) == [1] and list(checks["leaks_quiz"].rows) == [2]
 
 

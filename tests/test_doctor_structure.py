@@ -119,7 +119,8 @@ def test_ends_mid_sentence(text):
 
 @pytest.mark.parametrize(
     "text", ["Paris", "This ends as a good sentence should do.", "- a thing that has no end of its own at all",
-             "```\nx = 1\n```", "他说这是一个很好的主意。", 'He said to all of us that day: "No"', ""],
+             "```\nx = 1\n```", "他说这是一个很好的主意。", "So one and two and three and four are 10",
+             "You will find more of it than you need at https://a.org/b", 'He said to all of us that day: "No"', ""],
 )  # fmt: skip
 def test_ends_where_it_should(text):
     assert not ends_mid_sentence(text)
@@ -127,7 +128,7 @@ def test_ends_where_it_should(text):
 
 def test_refusals():
     assert is_refusal("I'm sorry, but no.") and is_refusal("As an AI, I have none.") and is_refusal("抱歉，我不知道")
-    assert not is_refusal("Say sorry to her.") and not is_refusal("x" * 200 + "I cannot help")
+    assert not is_refusal("Say sorry to her.") and not is_refusal("x" * 60 + "I cannot help")
 
 
 @pytest.mark.parametrize("check, text", [(refusals, "I cannot."), (cut_off, "a b c d e f g h")])

@@ -81,7 +81,9 @@ def examine(cfg: DictConfig) -> list[Check]:
     corpus = Corpus(examples)
     checks = check_structure(corpus, bad) + check_duplicates(corpus)
     if held_out:
-        held, _ = read_examples(held_out, stage="dpo", on_bad_row=cfg.on_bad_row)
+        held, also_bad = read_examples(held_out, stage="dpo", on_bad_row=cfg.on_bad_row)
+        if also_bad:
+            print(f"eval_dataset: {len(also_bad):,} rows cannot be used; the first: {also_bad[0]}")
         other = Corpus(held, corpus.vocabulary)
         checks.append(leaks(corpus, "eval_dataset", other.prompt_words, [example.source for example in held]))
     for path, prompts, places in benchmarks:

@@ -12,7 +12,7 @@ is the area under the ROC curve of telling them apart: 0.5 is chance. w is a log
 
 fitted by Nesterov's accelerated gradient on four fifths of the prompts and judged on the rest, in turn.
 
-Shapes: F features; sparse rows are flat columns and values with the start of each row.
+Shapes: N pairs, F features; sparse rows are flat columns and values with the start of each row.
 """
 
 import re

@@ -1,6 +1,8 @@
 """Structure: pairs whose two texts are cut off, broken, in another script, or the same but for their formatting.
 
 What stands on one side only is also a shortcut: a policy may learn the mark instead of the difference.
+
+Shapes: N texts, L scripts and languages, F languages that are known by their words.
 """
 
 import re
@@ -339,8 +341,8 @@ def ends_mid_sentence(text: str) -> bool:
     if not text or text[-1] in SENTENCE_END or text.endswith("```"):
         return False
     last = text[text.rfind("\n") + 1 :][-400:]
-    category = unicodedata.category(text[-1])
-    if category[0] not in "LN" and text[-1] not in ",，、-(（":
+    # A number or an address may well be the end.
+    if not (text[-1].isalpha() and "/" not in last.split()[-1]) and text[-1] not in ",，、-(（":
         return False
     item = LIST_MARK.match(last)
     if item:
@@ -362,7 +364,7 @@ def cut_off(corpus: Corpus) -> Check:
 
 
 def is_refusal(text: str) -> bool:
-    return bool(REFUSAL.search(text[:150].lower()))
+    return bool(REFUSAL.search(text[:60].lower()))
 
 
 def refusals(corpus: Corpus) -> Check:
