@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,16 +45,30 @@ def check(name: str, verdict: str = "note", **more) -> Check:
     return Check(name, f"Is {name} so?", verdict, f"{name} is", **more)
 
 
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Plots take longer than all else, and have a test of their own."""
+    if "plots" not in request.node.name:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
 # --- the whole command ---
 
 
-def test_any_dataset_gives_a_report(tmp_path, monkeypatch):
+def test_schema_and_file_have_the_same_keys_in_the_same_order_and_each_is_explained():
+    written = [str(key) for key in OmegaConf.load(CONF / "doctor.yaml") if key not in ("defaults", "hydra")]
+    assert written == [f.name for f in fields(DoctorConfig)]
+    assert all(f.default == "???" for f in fields(DoctorConfig))
+    text = (CONF / "doctor.yaml").read_text().splitlines()
+    assert all(text[i - 1][0] == "#" for i, line in enumerate(text) if line.partition(":")[0] in written)
+
+
+def test_any_dataset_gives_a_report(tmp_path):
     """Whatever texts JSON can hold, also half surrogate pairs; once small, once repeated beyond the smallest sizes."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # plots have a test of their own, and take long
     text = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=30).filter(str.strip)
     mark = st.sampled_from(["<s>", "**a**", "\n\nHuman: b", "```", "1. a\n2. b", "很好", "I cannot", "\x00", "a " * 30])
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(text | mark, text | mark, text | mark), min_size=1, max_size=4), st.sampled_from([1, 60]))
     def law(rows, times):
         given = [pair(f"{q} {i}", c, r) for i in range(times) for q, c, r in rows if c != r]
@@ -73,11 +88,11 @@ def test_any_dataset_gives_a_report(tmp_path, monkeypatch):
 
 
 def test_the_built_in_world_is_worth_training_on(tmp_path, capsys):
-    cfg = config("dataset=world", "eval_dataset=world", "max_samples=500", f"output_dir={tmp_path}")
+    cfg = config("dataset=world", "eval_dataset=world", "max_samples=300", f"output_dir={tmp_path}")
     checks = {c.name: c for c in examine(cfg)}
     assert all(c.verdict != "warn" for c in checks.values())
     assert checks["length"].numbers["auc"] < 0.5 and not checks["contradictions"].rows
-    assert "500 rows: 0 warn" in capsys.readouterr().out
+    assert "300 rows: 0 warn" in capsys.readouterr().out
 
 
 def test_benchmarks_and_held_out_pairs_are_looked_for(tmp_path, capsys):

@@ -12,6 +12,7 @@ from test_doctor_text import corpus_of
 from dpo.doctor.check import Check
 from dpo.doctor.duplicates import (
     HASHES,
+    candidates,
     check_duplicates,
     clusters,
     components,
@@ -73,12 +74,21 @@ def test_minhash_of_blocks_is_minhash_of_each():
 
 def test_near_pairs_connect_what_all_pairs_connect():
     """The similarity of every two texts, by hand, against the candidates' way; of equal signatures one is compared."""
-    rows = [" ".join(text.split()[cut:]) for text in texts(15) for cut in (0, 1, 4, 20)]
+    rows = [" ".join(text.split()[cut:]) for text in texts(15) for cut in (0, 1, 4, 9, 20)]
     sets, by_hand = shingles(Vocabulary().read(rows), salt=0), [shingle_set(row) for row in rows]
     near = {(i, j) for i, a in enumerate(by_hand) for j, b in enumerate(by_hand[:i]) if len(a & b) >= 0.8 * len(a | b)}
     found = near_pairs(minhash(sets), [sets])
     assert len(near) >= 30 and {(b, a) for a, b in found} <= near
-    assert clusters(60, found).tolist() == clusters(60, near).tolist()
+    assert clusters(75, found).tolist() == clusters(75, near).tolist()
+
+
+def test_all_texts_of_a_bucket_are_compared():
+    """Four texts agree in band 0; the first and the last in three of four orders of every other band too."""
+    signatures_HN = np.arange(HASHES * 4, dtype=np.uint32).reshape(HASHES, 4)
+    signatures_HN[:4] = 7
+    alike = np.arange(HASHES) % 4 < 3
+    signatures_HN[alike, 3] = signatures_HN[alike, 0]
+    assert candidates(signatures_HN, np.array([10, 11, 12, 13])).tolist() == [[10, 13]]
 
 
 def test_planted_duplicates_are_found_and_nothing_else():

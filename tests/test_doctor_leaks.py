@@ -23,7 +23,12 @@ def leaked(prompts: list[str], others: list[str]) -> dict[int, str]:
 
 
 def test_a_long_prompt_leaks_with_13_words_in_a_row():
-    prompts = ["x y", text("x", *WORDS[5:18], "y"), text("x", *WORDS[5:17], "y", *WORDS[18:30])]
+    prompts = [
+        "x y",
+        text("x", *WORDS[5:18], "y"),
+        text("x", *WORDS[5:17], "y", *WORDS[18:30]),
+        text("x", "y", *WORDS[28:]),
+    ]
     rows = leaked(prompts, ["unrelated", text(*WORDS)])
     assert rows == {1: "13 words in a row of the prompt of held_out.jsonl:2"}
 
