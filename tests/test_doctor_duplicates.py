@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_doctor_text import corpus_of
 
@@ -130,6 +130,7 @@ def test_a_contradiction_is_no_circle():
     assert list(checks["contradictions"].rows) == [0, 1] and not checks["cycles"].rows
 
 
+@settings(deadline=None)
 @given(st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=14))
 def test_components_are_what_reaches_each_other(arrows):
     """By the transitive closure (Warshall)."""

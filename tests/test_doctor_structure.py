@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_doctor_text import corpus_of
 
@@ -43,6 +43,7 @@ def slow_levenshtein(a: str, b: str) -> int:
     return min(replaced, slow_levenshtein(a[1:], b) + 1, slow_levenshtein(a, b[1:]) + 1)
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=9), st.text("abc", max_size=9))
 def test_levenshtein_is_the_recursion(a, b):
     assert levenshtein(a, b) == slow_levenshtein(a, b)

@@ -3,7 +3,7 @@
 import unicodedata
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.doctor.text import APOSTROPHES, WORD, Corpus, Vocabulary, words_of
@@ -29,6 +29,7 @@ def test_chinese_and_japanese_are_cut_into_characters_and_korean_at_spaces():
     assert words_of("안녕 세상") == ["안녕", "세상"]
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=127)))
 def test_ascii_has_the_same_words_on_both_ways(text):
     assert words_of(text) == WORD.findall(unicodedata.normalize("NFKC", text).lower().translate(APOSTROPHES))
