@@ -155,3 +155,8 @@ def test_the_words_that_tell_are_named():
 def test_the_most_telling_rows_come_first():
     corpus: Corpus = corpus_of(*rows(lambda text: text + " w1"), ("q", "a " * 90, "a"))
     assert next(iter(length(corpus).rows.items())) == (300, "chosen 90 words, rejected 1")
+
+
+def test_shorter_responses_chosen_are_a_shortcut_too():
+    check = length(corpus_of(*rows(lambda text: text[:-4])))
+    assert check.verdict == "warn" and check.numbers["auc"] < 0.05
