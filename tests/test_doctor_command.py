@@ -248,3 +248,9 @@ def test_an_export_never_replaces_a_file(tmp_path):
         with pytest.raises(ValueError, match=rule):
             examine(config(f"dataset={path}", f"export={name}", f"output_dir={tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair_is_exported_as_it_was(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [pair(chosen="a \ud800"), pair("é")])
+    assert export_rows(path, tmp_path / "out.jsonl", {}) == (2, 0)
+    assert lines(tmp_path / "out.jsonl") == lines(path)
