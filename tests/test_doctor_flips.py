@@ -68,13 +68,13 @@ def held_out(examples, template, cfg) -> np.ndarray:
 
 
 def test_a_margin_does_not_depend_on_its_own_label_but_for_its_sign(template):
-    """Exchanging the responses of a whole fold changes no policy that scores it; other folds' policies it does."""
+    """Exchanging the responses of a whole fold changes not the policy that scores it, but the others' policies."""
     examples = [
         asking(f"What does {a} eat?", f"It eats {b}.", "I am not sure.")
         for a, b in zip("abcdef", "uvwxyz", strict=True)
     ]
     cfg = settings(flip_folds=2, flip_batch_size=2, flip_epochs=1)
-    own = folds(examples, 2, cfg.seed) == 0
+    own = folds(examples, 2, cfg.seed) == 1  # scored last, by an adapter that has to be fresh again
     exchanged = [replace(e, responses=e.responses[::-1]) if o else e for e, o in zip(examples, own, strict=True)]
     before, after = (held_out(rows, template, cfg) for rows in (examples, exchanged))
     np.testing.assert_allclose(after[own], -before[own], atol=1e-5)

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from dpo.doctor.check import Check
 from dpo.doctor.with_model import (
     Measured,
     checks,
@@ -15,6 +16,7 @@ from dpo.doctor.with_model import (
     encode_some,
     likelihood_displacement,
     measure,
+    of_all_rows,
     reference_margin,
 )
 from dpo.formats import Example
@@ -33,10 +35,11 @@ def asking(prompt: str, chosen: str, rejected: str) -> Example:
     return Example(({"role": "user", "content": prompt},), (chosen, rejected), source="rows.json:1")
 
 
+# The longest last: the pass takes them in another order.
 EXAMPLES = [
-    asking("What does a cow eat?", "A cow eats grass.", "A cow eats meat. It is really a kind of fish."),
-    asking("Where does a bat live?", "That is a silly question. A bat lives in caves.", "No."),
     asking("May I pet a lion?", "No, a lion is wild.", "No, a lion is calm."),
+    asking("Where does a bat live?", "That is a silly question. A bat lives in caves.", "No."),
+    asking("What does a cow eat?", "A cow eats grass.", "That is a good question. A cow eats meat. It is a fish."),
 ]  # fmt: skip
 
 
@@ -135,9 +138,16 @@ def test_rows_keep_their_indices_where_one_cannot_be_encoded():
         for name, values in check.values.items():
             assert np.isnan(values[1]) and values.shape == (4,)
             np.testing.assert_allclose(np.delete(values, 1), expected.values[name], rtol=1e-4, atol=1e-4)
-        assert list(check.rows) == [i + (i > 0) for i in expected.rows]
-        assert "1 rows not measured" in check.summary and "not measured" not in expected.summary
         assert all(math.isfinite(value) for value in check.numbers.values())
+
+
+def test_a_check_of_some_rows_speaks_of_all_by_their_indices():
+    """The first and the third of three were measured."""
+    some = Check("name", "?", "note", "two", rows={1: "b", 0: "a"}, values={"x": np.array([1.0, 2.0])})
+    check = of_all_rows(some, [0, 2], 3)
+    assert list(check.rows.items()) == [(2, "b"), (0, "a")] and check.summary == "two; 1 rows not measured"
+    np.testing.assert_equal(check.values["x"], [1, math.nan, 2])
+    assert of_all_rows(some, [0, 1], 2).summary == "two"
 
 
 def test_rows_of_which_none_can_be_encoded_are_refused():

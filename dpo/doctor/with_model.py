@@ -6,9 +6,10 @@
 
 S is the sum of the hidden states that predict a response's n tokens, so from the last prompt token to the one before
 the response's last. A hidden state is what the head multiplies, after the final norm, as the authors' code reads it
-(transformers' hidden_states[-1]). A pair with a high CHES is one that DPO tells apart least in w's favour: its chosen
-response tends to lose likelihood together with its rejected one. CHES ranks the pairs of one dataset under one model
-and has no scale of its own, so the highest share is shown, by the score on means, as in the paper's filter.
+(transformers' hidden_states[-1]). The higher a pair's CHES, the less does a DPO step lift its chosen response, which
+may fall together with the rejected one. It ranks the pairs of one dataset under one model and has no scale of its own,
+so the highest share is shown, by the score of means, which the paper filters by. It is no measure of likeness: a short
+rejected response with large states scores above a near-duplicate, and responses with equal states score 0.
 
 All of it is read from one pass over the packed stream, which also gives dpo.doctor.flips its reference.
 
@@ -68,7 +69,7 @@ def checks(examples: Sequence[Example], cfg: DictConfig) -> list[Check]:
     found = [reference_margin(measured), likelihood_displacement(measured, cfg.displacement_share)]
     if cfg.flip_folds:
         found.append(flipped_labels(model, rows, measured.token_logps, cfg))
-    return [_of_all_rows(check, places, len(examples)) for check in found]
+    return [of_all_rows(check, places, len(examples)) for check in found]
 
 
 def encode_some(
@@ -177,7 +178,7 @@ def likelihood_displacement(measured: Measured, share: float) -> Check:
     rows = {int(i): f"CHES per token {score[i]:.4g}" for i in worst if score[i] > 0}
     positive = float((score > 0).mean())
     return Check(
-        "likelihood_displacement", "Which pairs will lower the chosen response's likelihood too?",
+        "likelihood_displacement", "Which pairs will lift the chosen response least, or push it down?",
         "note" if rows else "ok",
         f"length-normalised CHES is above 0 in {positive:.1%} of the rows; the highest {share:.0%} are shown",
         "Read the flagged rows; if logps/chosen falls in training, leave them out or set dpop_lambda or pref_ftx."
@@ -194,7 +195,7 @@ def _distribution(name: str, values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _of_all_rows(check: Check, places: Sequence[int], total: int) -> Check:
+def of_all_rows(check: Check, places: Sequence[int], total: int) -> Check:
     """A check of the rows that could be encoded, with the indices of all of them."""
 
     def spread(values: np.ndarray) -> np.ndarray:
