@@ -88,16 +88,27 @@ def test_no_file_is_left(template, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
+def test_calibration_undoes_a_policy_that_is_too_sure_or_not_sure_enough(scale):
+    """Log-odds x hold of labels that are right with probability sigmoid(x); the policy says x / scale."""
+    generator = np.random.default_rng(0)
+    log_odds = generator.normal(size=20_000)
+    right = generator.random(20_000) < 1 / (1 + np.exp(-log_odds))
+    margin = np.where(right, log_odds, -log_odds) / scale
+    assert flips.calibration(margin) == pytest.approx(scale, rel=0.1)
+
+
 def test_flags_are_the_lowest_margins_below_0(monkeypatch):
     """Ten of 40 rows are against the label; a tenth of all may be flagged, so the four worst."""
-    margin = np.array([-1.0 - i for i in range(10)] + [3.0] * 30)
+    margin = np.array([-0.1 - i / 10 for i in range(10)] + [0.7] * 30)
     monkeypatch.setattr(flips, "held_out_margins", lambda *_: margin)
+    monkeypatch.setattr(flips, "calibration", lambda _: 2.0)
     check = flipped_labels(None, [], [], settings(flip_share=0.1))
     assert list(check.rows) == [9, 8, 7, 6] and check.verdict == "warn"
     assert check.numbers["held_out_accuracy"] == 0.75
-    # sigmoid(-1) = 0.27 is not below a quarter, the nine others are.
-    assert check.numbers["doubtful_share"] == 9 / 40
-    assert check.rows[6] == "margin -7.00, p(label is right) 0%"
+    # A quarter is sigmoid(-1.0986): twice the margin is below it from the sixth on, -0.6.
+    assert check.numbers["doubtful_share"] == 5 / 40
+    assert check.rows[6] == "margin -0.70, p(label) 20%"
     json.dumps(dict(check.numbers))
 
 

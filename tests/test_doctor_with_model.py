@@ -1,6 +1,7 @@
 """What a model tells of data: CHES and margins by hand and as transformers has them, rows under their own indices."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,12 +71,12 @@ def test_only_the_normalised_ches_is_blind_to_repetition():
     assert once[1] == twice[1] and once[0] != twice[0]
 
 
-def test_measures_are_those_of_rows_of_their_own_in_transformers():
+def assert_measures_are_those_of_transformers(directory: Path, examples: list[Example]) -> None:
     """One row of prompt and response at a time: the states after the final norm, from the last prompt token to the one
     before the last response token, and log-probabilities of the tokens that they predict."""
-    theirs = AutoModelForCausalLM.from_pretrained(WORLD / "model").eval()
-    model = load_model(WORLD / "model", dtype=torch.float32, device=torch.device("cpu"))
-    _, rows = encode_some(EXAMPLES, ChatTemplate("auto", Tokenizer(WORLD / "model"), None), 60)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
+    _, rows = encode_some(examples, ChatTemplate("auto", Tokenizer(directory), None), 100)
     measured = measure(model, rows, batch_size=2)
     for n, row in enumerate(rows):
         states, logps = [], []
@@ -92,6 +93,15 @@ def test_measures_are_those_of_rows_of_their_own_in_transformers():
         assert measured.margin[n] == pytest.approx(float(logps[0].sum() - logps[1].sum()), abs=1e-3)
         assert measured.margin_per_token[n] == pytest.approx(float(logps[0].mean() - logps[1].mean()), abs=1e-4)
         torch.testing.assert_close(measured.token_logps[n], torch.cat(logps), rtol=0, atol=1e-3)
+
+
+def test_measures_are_those_of_rows_of_their_own_in_transformers():
+    assert_measures_are_those_of_transformers(WORLD / "model", EXAMPLES)
+
+
+@pytest.mark.real
+def test_measures_of_a_real_model_are_those_of_rows_of_their_own_in_transformers(smollm2):
+    assert_measures_are_those_of_transformers(smollm2, EXAMPLES)
 
 
 def test_displacement_flags_the_highest_share_as_far_as_it_is_above_0():

@@ -3,13 +3,15 @@
 The prompts are dealt into k folds. For each fold DPO trains a fresh LoRA adapter on the others' rows and scores the
 fold's own by the implicit reward margin (Rafailov et al. 2023, arXiv:2305.18290, Eq. 5)
 
-    margin = beta (log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)),    p(label is right) = sigmoid(margin)
+    margin = beta (log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)),    p(label) = sigmoid(s margin)
 
 No row is scored by a policy that saw its prompt, so none can have memorised its own label. The lowest margins are the
-suspects. The margin is the log-odds of the labels as they are: where a share e of them is flipped at random, a policy
-that knows the truth says log((1 - e) / e) at most, so the ranking is worth more than p. And it can only repeat what
-most rows say of each other: flips that follow a rule look right to it, rare truths look wrong, and where its accuracy
-on held-out rows is near a half it has learned nothing and the ranking says nothing.
+suspects. s is one number for all rows, the one under which the labels are likeliest (temperature scaling; Guo et al.
+2017, arXiv:1706.04599): a policy of few rows is far too sure, and knows it from its held-out labels. p is about the
+labels as they are: where a share e of them is flipped at random, who knows the truth gives a flipped one not 0 but e.
+
+A policy can only repeat what most rows say of each other: flips that follow a rule look right to it, rare truths look
+wrong, and where its held-out accuracy is near a half it has learned nothing and the ranking says nothing.
 
 Shapes: N rows; every vector is (N,) unless said. R response tokens.
 """
@@ -60,19 +62,20 @@ def flipped_labels(
 ) -> Check:
     """The check; see held_out_margins. At most flip_share of the rows are flagged, none where nothing was learned."""
     margin = held_out_margins(policy, rows, token_logps, cfg)
-    p = 1 / (1 + np.exp(-margin))
+    scale = calibration(margin)
+    p = 1 / (1 + np.exp(-scale * margin))
     accuracy = float((margin > 0).mean())
     doubtful = float((p < DOUBTFUL).mean())
     # Two standard errors of a coin's accuracy.
     learned = accuracy > 0.5 + 1 / math.sqrt(len(margin))
     flagged = math.ceil(cfg.flip_share * len(margin)) if learned else 0
     suspects = {
-        i: f"margin {margin[i]:.2f}, p(label is right) {p[i]:.0%}"
+        i: f"margin {margin[i]:.2f}, p(label) {p[i]:.0%}"
         for i in np.argsort(margin)[:flagged].tolist()
         if margin[i] < 0
     }
     numbers = {
-        "held_out_accuracy": accuracy, "doubtful_share": doubtful, "margin_mean": float(margin.mean()),
+        "held_out_accuracy": accuracy, "doubtful_share": doubtful, "scale": scale, "margin_mean": float(margin.mean()),
         **{f"margin_p{q:02d}": float(np.percentile(margin, q)) for q in (5, 50, 95)},
     }  # fmt: skip
     summary = (
@@ -90,6 +93,11 @@ def flipped_labels(
     verdict = "warn" if learned and doubtful > TOO_MANY else "note" if advice else "ok"
     question = "Which labels look flipped?"
     return Check("flipped_labels", question, verdict, summary, advice, numbers, suspects, values={"margin": margin})
+
+
+def calibration(margin: np.ndarray) -> float:
+    """The s between 0.01 and 100 that makes the labels likeliest: the least mean of -log sigmoid(s margin)."""
+    return float(min(np.geomspace(0.01, 100, 401), key=lambda scale: np.logaddexp(0, -scale * margin).mean()))
 
 
 def held_out_margins(
