@@ -119,6 +119,13 @@ def test_a_policy_that_is_no_better_than_a_coin_flags_nothing(monkeypatch):
     assert check.verdict == "note" and not check.rows and "no better than a coin" in check.summary
 
 
+@pytest.mark.parametrize(("against", "verdict"), [(5, "note"), (6, "warn")])
+def test_more_than_a_twentieth_of_doubtful_labels_is_a_warning(monkeypatch, against, verdict):
+    monkeypatch.setattr(flips, "held_out_margins", lambda *_: np.array([-2.0] * against + [2.0] * (100 - against)))
+    monkeypatch.setattr(flips, "calibration", lambda _: 1.0)
+    assert flipped_labels(None, [], [], settings()).verdict == verdict
+
+
 def test_labels_that_nothing_speaks_against_are_ok(monkeypatch):
     monkeypatch.setattr(flips, "held_out_margins", lambda *_: np.ones(40))
     check = flipped_labels(None, [], [], settings())
