@@ -148,7 +148,7 @@ def test_exchange_turns_the_sign_of_the_gold_margin_of_its_share():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.1, 0.2])
-def test_exchanged_pairs_of_the_whole_world_are_found_nearly_as_well_as_by_the_gold_reward(share):
-    margin, _, gold, flipped = margins(settings(share=share))
-    assert auc(-margin, flipped) > max(0.9, auc(-gold, flipped) - 0.05)
+def test_more_pairs_find_more_with_the_doctors_own_settings():
+    """A third of the world's pairs in two folds; experiments/flipped_labels has all of them in five."""
+    margin, _, _, flipped = margins(settings(share=0.2, flip_folds=2, max_samples=1000))
+    assert auc(-margin, flipped) > 0.8

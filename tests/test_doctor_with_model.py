@@ -155,7 +155,7 @@ def test_a_check_of_some_rows_speaks_of_all_by_their_indices():
     """The first and the third of three were measured."""
     some = Check("name", "?", "note", "two", rows={1: "b", 0: "a"}, values={"x": np.array([1.0, 2.0])})
     check = of_all_rows(some, [0, 2], 3)
-    assert list(check.rows.items()) == [(2, "b"), (0, "a")] and check.summary == "two; 1 rows not measured"
+    assert list(check.rows.items()) == [(2, "b"), (0, "a")] and check.summary == "two; rows not measured: 1"
     np.testing.assert_equal(check.values["x"], [1, math.nan, 2])
     assert of_all_rows(some, [0, 1], 2).summary == "two"
 

@@ -204,6 +204,6 @@ def of_all_rows(check: Check, places: Sequence[int], total: int) -> Check:
         return whole
 
     rows = {places[i]: reason for i, reason in check.rows.items()}
-    summary = check.summary + (f"; {total - len(places)} rows not measured" if len(places) < total else "")
+    summary = check.summary + (f"; rows not measured: {total - len(places)}" if len(places) < total else "")
     values = {name: spread(values) for name, values in check.values.items()}
     return replace(check, rows=rows, summary=summary, values=values)
