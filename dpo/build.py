@@ -56,7 +56,7 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     """Training and held-out rows, encoded."""
-    sources = [*_sources(cfg, cfg.dataset, "train.jsonl"), *_sources(cfg, cfg.eval_dataset, "eval.jsonl")]
+    sources = [*sources_of(cfg, cfg.dataset, "train.jsonl"), *sources_of(cfg, cfg.eval_dataset, "eval.jsonl")]
     return _through_token_cache(cfg, template, sources, partial(_make_rows, cfg, template))
 
 
@@ -87,7 +87,7 @@ def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
         rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
         return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
 
-    return _through_token_cache(cfg, template, _sources(cfg, cfg.eval_dataset, "eval.jsonl"), make)
+    return _through_token_cache(cfg, template, sources_of(cfg, cfg.eval_dataset, "eval.jsonl"), make)
 
 
 # Keys that change the rows, beside the data's and the tokenizer's files. Whatever else does belongs here.
@@ -148,7 +148,7 @@ def _reads_mismatched(cfg: DictConfig) -> bool:
 def _row_kind(cfg: DictConfig) -> str:
     """dpo (pairs), kto (a response with a label) or sft (a response)."""
     if "pref_loss" not in cfg or cfg.get("stage") == "sft":
-        return cfg.stage
+        return cfg.get("stage", "dpo")
     return "kto" if preference_loss_of(cfg).unpaired else "dpo"
 
 
@@ -156,7 +156,7 @@ def read_datasets(cfg: DictConfig, names: Any, world_file: str) -> tuple[dict[st
     """(the examples of each dataset by its name, bad rows as one line each)."""
     datasets: dict[str, list[Example]] = {}
     skipped: list[str] = []
-    for source in _sources(cfg, names, world_file):
+    for source in sources_of(cfg, names, world_file):
         datasets[source.name], bad = read_examples(
             source, stage=_row_kind(cfg), on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples,
             data_format=cfg.data_format, ranking_to_pairs=cfg.ranking_to_pairs,
@@ -165,7 +165,7 @@ def read_datasets(cfg: DictConfig, names: Any, world_file: str) -> tuple[dict[st
     return datasets, skipped
 
 
-def _sources(cfg: DictConfig, names: Any, world_file: str) -> list[Source]:
+def sources_of(cfg: DictConfig, names: Any, world_file: str) -> list[Source]:
     """What the names of a key stand for."""
     world = Source("world", (WORLD / "data" / world_file,))
     given = [] if names is None else as_list(names)

@@ -8,9 +8,10 @@ Everything a user can get wrong is a ValueError of one sentence: what was given,
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, ListConfig
@@ -234,12 +235,13 @@ def check(cfg: DictConfig) -> list[str]:
     return warnings + (_check_training(cfg) if "stage" in cfg else [])
 
 
-def check_values(cfg: DictConfig) -> None:
-    """ValueError for a value out of its key's range."""
+def check_values(cfg: DictConfig, more: Mapping[str, tuple[Any, str]] = MappingProxyType({})) -> None:
+    """ValueError for a value out of its key's range; `more` are the rules of keys that another command has."""
+    rules = RULES | dict(more)
     for key in map(str, cfg):
         value = cfg[key]
-        if key in RULES and value is not None:
-            holds, rule = RULES[key]
+        if key in rules and value is not None:
+            holds, rule = rules[key]
             if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
                 raise ValueError(f"{key}={value}: {rule}")
 

@@ -26,7 +26,7 @@ def read_examples(
     source = data if isinstance(data, Source) else Source(str(data), (data,))
     examples: list[Example] = []
     bad: list[str] = []
-    wanted = min(filter(None, (max_samples, source.num_samples)), default=None)
+    wanted = rows_wanted(source, max_samples)
     count = 0
     for place, row in islice(source.rows(), wanted):
         count += 1
@@ -41,6 +41,11 @@ def read_examples(
     if wanted is not None and wanted == source.num_samples and count < wanted:
         raise ValueError(f"{source.name}: num_samples={wanted}, but it has {count} rows; ask for at most as many")
     return examples, bad
+
+
+def rows_wanted(source: Source, max_samples: int | None) -> int | None:
+    """How many rows are read of a source, from its start; None: all."""
+    return min(filter(None, (max_samples, source.num_samples)), default=None)
 
 
 def mix_order(

@@ -19,6 +19,7 @@ from dpo.doctor.check import Check
 from dpo.doctor.export import export_rows
 from dpo.doctor.page import side_by_side, write_page
 from dpo.doctor.report import dropped, most_telling, summary
+from dpo.sources import Source
 from models.command import CONF, expand_arguments
 
 
@@ -127,11 +128,26 @@ def test_bad_rows_stop_where_asked(tmp_path):
         examine(config(f"dataset={path}", f"output_dir={tmp_path}", "on_bad_row=stop"))
 
 
-def test_checks_with_a_model_that_are_not_there_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "dpo.doctor.with_model", None)
-    path = write(tmp_path / "rows.jsonl", [pair()])
-    with pytest.raises(ValueError, match="model_name_or_path=world: the checks that ask a model are not here"):
-        examine(config(f"dataset={path}", f"output_dir={tmp_path}", "model_name_or_path=world"))
+def test_a_model_is_asked_only_where_one_is_named(tmp_path):
+    """Its two checks, and with folds the third."""
+    cfg = ["dataset=world", "max_samples=12", f"output_dir={tmp_path}"]
+    without, asked = (examine(config(*cfg, *more)) for more in ([], ["model_name_or_path=world"]))
+    names = [check.name for check in asked[len(without) :]]
+    assert names == ["reference_margin", "likelihood_displacement"]
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("flip_folds=1", "flip_folds=1: must be at least 2, or 0 for no check"),
+        ("flip_share=1.5", "flip_share=1.5: must be at least 0 and below 1"),
+        ("flip_beta=0", "flip_beta=0.0: must be above 0"),
+        ("data_format=csv", "data_format=csv: expected one of llamafactory_v1"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(tmp_path, override, rule):
+    with pytest.raises(ValueError, match=f"^{rule}"):
+        examine(config("dataset=world", override, f"output_dir={tmp_path / 'out'}"))
 
 
 # --- what is said ---
@@ -210,7 +226,7 @@ def test_an_export_and_what_is_dropped_are_all_rows_in_order(tmp_path, kinds, su
         file.unlink()
     examples = [kind for kind in kinds if kind != "bad"]
     reasons = {index: ["because"] for index, kind in enumerate(examples) if kind == "drop"}
-    counts = export_rows(path, out, reasons)
+    counts = export_rows(config(f"dataset={path}"), [Source("rows", (path,))], out, reasons)
     kept, left_out = lines(out), lines(tmp_path / "out.jsonl.dropped.jsonl")
     assert kept == [row for row, kind in zip(rows, kinds, strict=True) if kind == "good"]
     assert [entry["row"] for entry in left_out] == [r for r, kind in zip(rows, kinds, strict=True) if kind != "good"]
@@ -250,7 +266,17 @@ def test_an_export_never_replaces_a_file(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_is_several_pairs_goes_if_one_of_them_does(tmp_path):
+    """Three ranked responses are three pairs: of two rows, the second's last pair (the sixth of all) has a reason."""
+    rows = [{"prompt": f"q{i}", "responses": ["a", "b", "c"], "scores": [3, 2, 1]} for i in range(2)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    cfg = config(f"dataset={path}", "ranking_to_pairs=all")
+    assert export_rows(cfg, [Source("rows", (path,))], tmp_path / "out.jsonl", {5: ["x: y"]}) == (1, 1)
+    assert lines(tmp_path / "out.jsonl") == rows[:1]
+
+
 def test_half_a_surrogate_pair_is_exported_as_it_was(tmp_path):
     path = write(tmp_path / "rows.jsonl", [pair(chosen="a \ud800"), pair("é")])
-    assert export_rows(path, tmp_path / "out.jsonl", {}) == (2, 0)
+    source = Source("rows", (path,))
+    assert export_rows(config(f"dataset={path}"), [source], tmp_path / "out.jsonl", {}) == (2, 0)
     assert lines(tmp_path / "out.jsonl") == lines(path)

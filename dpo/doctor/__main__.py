@@ -4,10 +4,8 @@ The guide's good pairs differ clearly, in more than length and formatting, on to
 these is measured; nothing is changed but in a new file (export=).
 """
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from dpo.data import read_examples
+from dpo.build import read_datasets, sources_of
+from dpo.config import AT_LEAST_1, POSITIVE, SHARE, check_values
 from dpo.doctor.check import Check
 from dpo.doctor.diversity import check_diversity
 from dpo.doctor.duplicates import check_duplicates
@@ -27,23 +26,37 @@ from dpo.doctor.shortcuts import check_shortcuts
 from dpo.doctor.structure import check_structure
 from dpo.doctor.text import Corpus
 from dpo.doctor.topic import check_topic
-from dpo.files import find_dataset
-from dpo.formats import Example
 from models.command import CONF, one_line_errors, prepare_command_line, refuse_unset
-from models.weights import WORLD
 
 
 @dataclass
 class DoctorConfig:
     """Every key of dpo.doctor; see conf/doctor.yaml for what each means."""
 
-    dataset: str = MISSING
+    dataset: Any = MISSING
     dataset_dir: str = MISSING
-    eval_dataset: str | None = MISSING
+    data_format: str | None = MISSING
+    ranking_to_pairs: str = MISSING
+    eval_dataset: Any = MISSING
     benchmarks: list[str] = MISSING
     max_samples: int | None = MISSING
     on_bad_row: str = MISSING
     model_name_or_path: str | None = MISSING
+    template: str = MISSING
+    date_string: str | None = MISSING
+    cutoff_len: int = MISSING
+    per_device_eval_batch_size: int = MISSING
+    bf16: bool = MISSING
+    fp16: bool = MISSING
+    device: str = MISSING
+    displacement_share: float = MISSING
+    flip_folds: int = MISSING
+    flip_epochs: float = MISSING
+    flip_learning_rate: float = MISSING
+    flip_beta: float = MISSING
+    flip_batch_size: int = MISSING
+    flip_lora_rank: int = MISSING
+    flip_share: float = MISSING
     export: str | None = MISSING
     output_dir: str = MISSING
     seed: int = MISSING
@@ -58,30 +71,33 @@ def main(cfg: DictConfig) -> None:
         examine(cfg)
 
 
-def check(cfg: DictConfig) -> None:
-    refuse_unset(cfg)
-    for key, rule, holds in (
-        ("on_bad_row", "expected one of stop, skip", cfg.on_bad_row in ("stop", "skip")),
-        ("max_samples", "must be at least 1", cfg.max_samples is None or cfg.max_samples >= 1),
-        ("seed", "must be at least 0 and below 2^32", 0 <= cfg.seed < 2**32),
-    ):
-        if not holds:
-            raise ValueError(f"{key}={cfg[key]}: {rule}")
+RULES = {
+    "displacement_share": SHARE, "flip_share": SHARE, "flip_epochs": POSITIVE, "flip_learning_rate": POSITIVE,
+    "flip_beta": POSITIVE, "flip_batch_size": AT_LEAST_1, "flip_lora_rank": AT_LEAST_1,
+    "flip_folds": ((lambda value: value == 0 or value >= 2), "must be at least 2, or 0 for no check"),
+}  # fmt: skip
 
 
 def examine(cfg: DictConfig) -> list[Check]:
     """All checks, told in the terminal and written to output_dir, and the export where one is asked for."""
-    check(cfg)
-    dataset = _path(cfg, cfg.dataset, "train.jsonl")
-    export = check_export(cfg.export, dataset) if cfg.export else None
-    benchmarks = [(path, *benchmark_prompts(path)) for path in (_path(cfg, b, "eval.jsonl") for b in cfg.benchmarks)]
-    held_out = _path(cfg, cfg.eval_dataset, "eval.jsonl") if cfg.eval_dataset else None
-
-    examples, bad = read_examples(dataset, stage="dpo", on_bad_row=cfg.on_bad_row, max_samples=cfg.max_samples)
+    refuse_unset(cfg)
+    check_values(cfg, RULES)
+    sources = sources_of(cfg, cfg.dataset, "train.jsonl")
+    files = [path for source in sources for path in source.files]
+    export = check_export(cfg.export, files) if cfg.export else None
+    benchmarks = [
+        (path, *benchmark_prompts(path))
+        for name in cfg.benchmarks
+        for source in sources_of(cfg, name, "eval.jsonl")
+        for path in source.files
+    ]
+    datasets, bad = read_datasets(cfg, cfg.dataset, "train.jsonl")
+    examples = [example for dataset in datasets.values() for example in dataset]
     corpus = Corpus(examples)
     checks = check_structure(corpus, bad) + check_duplicates(corpus)
-    if held_out:
-        held, also_bad = read_examples(held_out, stage="dpo", on_bad_row=cfg.on_bad_row)
+    if cfg.eval_dataset:
+        held_out, also_bad = read_datasets(cfg, cfg.eval_dataset, "eval.jsonl")
+        held = [example for dataset in held_out.values() for example in dataset]
         if also_bad:
             print(f"eval_dataset: {len(also_bad):,} rows cannot be used; the first: {also_bad[0]}")
         other = Corpus(held, corpus.vocabulary)
@@ -90,33 +106,26 @@ def examine(cfg: DictConfig) -> list[Check]:
         checks.append(leaks(corpus, path.stem, corpus.vocabulary.read(prompts), places))
     checks += check_shortcuts(corpus, cfg.seed) + check_topic(corpus, cfg.seed) + check_diversity(corpus)
     if cfg.model_name_or_path:
-        checks += _with_model(examples, cfg)
+        from dpo.doctor.with_model import checks as checks_with_model
+
+        checks += checks_with_model(examples, cfg)
 
     print(summary(checks, corpus))
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    about = {"dataset": str(dataset), "sha256": hashlib.sha256(dataset.read_bytes()).hexdigest()}
+    about = {"dataset": ", ".join(map(str, files)), "sha256": ", ".join(map(_sha256, files))}
     write_json(output / "report.json", checks, corpus, about)
     write_page(output / "report.html", checks, corpus, about)
     print(f"report: {output / 'report.html'}, {output / 'report.json'}")
     if export:
-        kept, left_out = export_rows(dataset, export, dropped(checks), cfg.max_samples)
+        kept, left_out = export_rows(cfg, sources, export, dropped(checks))
         print(f"export: {kept:,} rows in {export}, {left_out:,} left out, in {dropped_path(export)}")
     return checks
 
 
-def _path(cfg: DictConfig, dataset: str, world_file: str) -> Path:
-    return WORLD / "data" / world_file if dataset == "world" else find_dataset(dataset, cfg.dataset_dir)
-
-
-def _with_model(examples: Sequence[Example], cfg: DictConfig) -> list[Check]:
-    try:
-        with_model: Any = import_module("dpo.doctor.with_model")
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"model_name_or_path={cfg.model_name_or_path}: the checks that ask a model are not here; leave it out"
-        ) from None
-    return with_model.checks(examples, cfg)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from dpo.doctor.check import Check
 from dpo.formats import Example
 from dpo.losses import OFF
 from dpo.preference import PreferenceObjective, preference_loss
-from dpo.reference_cache import row_key
 from dpo.run import RunDir
 from dpo.tokens import Encoded
 from dpo.trainer import Trainer, to_stream
@@ -107,10 +106,10 @@ def held_out_margins(
 
     token_logps: (R,) log pi_ref of every row. policy is left with an adapter.
     """
-    reference_logps = {row_key(row): logps_R for row, logps_R in zip(rows, token_logps, strict=True)}
+    reference_logps = {row.key: logps_R for row, logps_R in zip(rows, token_logps, strict=True)}
 
     def reference(stream: Stream, rows: Sequence[Encoded]) -> Tensor:
-        return torch.cat([reference_logps[row_key(row)] for row in rows]).to(stream.target_R.device)
+        return torch.cat([reference_logps[row.key] for row in rows]).to(stream.target_R.device)
 
     objective = PreferenceObjective(preference_loss(["sigmoid"], None, OFF | {"beta": cfg.flip_beta}), reference)
     inject_lora(
