@@ -1,6 +1,7 @@
 """Flipped labels: folds part prompts, margins are held out, and what was exchanged in the built-in world is found."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -68,18 +69,33 @@ def held_out(examples, template, cfg) -> np.ndarray:
 
 
 def test_a_margin_does_not_depend_on_its_own_label_but_for_its_sign(template):
-    """Exchanging the responses of a whole fold changes not the policy that scores it, but the others' policies."""
+    """Exchanging the responses of a whole fold changes not the policy that scores it, but the others' policies.
+
+    Of one round: in the next, these policies say what the rows weigh that the first is trained on.
+    """
     examples = [
         asking(f"What does {a} eat?", f"It eats {b}.", "I am not sure.")
         for a, b in zip("abcdef", "uvwxyz", strict=True)
     ]
-    cfg = settings(flip_folds=2, flip_batch_size=2, flip_epochs=1)
+    cfg = settings(flip_folds=2, flip_rounds=1, flip_batch_size=2, flip_epochs=1)
     own = folds(examples, 2, cfg.seed) == 1  # scored last, by an adapter that has to be fresh again
     exchanged = [replace(e, responses=e.responses[::-1]) if o else e for e, o in zip(examples, own, strict=True)]
     before, after = (held_out(rows, template, cfg) for rows in (examples, exchanged))
     np.testing.assert_allclose(after[own], -before[own], atol=1e-5)
     assert (np.abs(after[~own] - before[~own]) > 1e-3).all()
     assert (held_out(examples, template, cfg) == before).all()
+
+
+def test_a_second_round_weighs_rows_by_what_the_first_made_of_their_labels(template, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flips, "_one_round", lambda policy, start, rows, weight, *_: seen.append(weight) or MARGINS)
+    assert held_out([asking("a"), asking("b")], template, settings(flip_folds=2, flip_rounds=2)) is MARGINS
+    scale = flips.calibration(MARGINS)
+    assert seen[0].tolist() == [1, 1]
+    assert seen[1].tolist() == pytest.approx([1 / (1 + math.exp(-2 * scale)), 1 / (1 + math.exp(scale))])
+
+
+MARGINS = np.array([2.0, -1.0])
 
 
 def test_no_file_is_left(template, tmp_path, monkeypatch):
@@ -134,7 +150,9 @@ def test_labels_that_nothing_speaks_against_are_ok(monkeypatch):
 
 def test_exchanged_pairs_of_the_world_are_found_in_a_few_hundred():
     """Two folds of 160 pairs: far fewer than a run has, and far better than a coin's 0.5."""
-    margin, _, gold, flipped = margins(settings(flip_folds=2, max_samples=320, flip_learning_rate=1e-3, flip_epochs=1))
+    margin, _, gold, flipped = margins(
+        settings(flip_folds=2, flip_rounds=1, max_samples=320, flip_learning_rate=1e-3, flip_epochs=1)
+    )
     assert flipped.sum() == 32
     assert auc(-margin, flipped) > 0.7 and auc(-gold, flipped) > 0.95
 

@@ -166,7 +166,7 @@ def test_rows_of_which_none_can_be_encoded_are_refused():
 
 
 def test_flips_are_looked_for_where_there_are_folds():
-    flips = {"flip_folds": 2, "flip_epochs": 1, "flip_learning_rate": 1e-3, "flip_beta": 1.0, "flip_batch_size": 2,
-             "flip_lora_rank": 2, "flip_share": 0.5}  # fmt: skip
+    flips = {"flip_folds": 2, "flip_rounds": 1, "flip_epochs": 1, "flip_learning_rate": 1e-3, "flip_beta": 1.0,
+             "flip_batch_size": 2, "flip_lora_rank": 2, "flip_share": 0.5}  # fmt: skip
     names = [check.name for check in checks(EXAMPLES, OmegaConf.merge(CFG, flips))]
     assert names == ["reference_margin", "likelihood_displacement", "flipped_labels"]

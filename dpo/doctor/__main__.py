@@ -51,6 +51,7 @@ class DoctorConfig:
     device: str = MISSING
     displacement_share: float = MISSING
     flip_folds: int = MISSING
+    flip_rounds: int = MISSING
     flip_epochs: float = MISSING
     flip_learning_rate: float = MISSING
     flip_beta: float = MISSING
@@ -73,7 +74,7 @@ def main(cfg: DictConfig) -> None:
 
 RULES = {
     "displacement_share": SHARE, "flip_share": SHARE, "flip_epochs": POSITIVE, "flip_learning_rate": POSITIVE,
-    "flip_beta": POSITIVE, "flip_batch_size": AT_LEAST_1, "flip_lora_rank": AT_LEAST_1,
+    "flip_beta": POSITIVE, "flip_batch_size": AT_LEAST_1, "flip_rounds": AT_LEAST_1, "flip_lora_rank": AT_LEAST_1,
     "flip_folds": ((lambda value: value == 0 or value >= 2), "must be at least 2, or 0 for no check"),
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ suspects. s is one number for all rows, the one under which the labels are likel
 2017, arXiv:1706.04599): a policy of few rows is far too sure, and knows it from its held-out labels. p is about the
 labels as they are: where a share e of them is flipped at random, who knows the truth gives a flipped one not 0 but e.
 
+In a second round the rows are trained on with their p as weights, so that what the first took for flipped teaches less.
+
 A policy can only repeat what most rows say of each other: flips that follow a rule look right to it, rare truths look
 wrong, and where its held-out accuracy is near a half it has learned nothing and the ranking says nothing.
 
@@ -20,7 +22,8 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def flipped_labels(
     """The check; see held_out_margins. At most flip_share of the rows are flagged, none where nothing was learned."""
     margin = held_out_margins(policy, rows, token_logps, cfg)
     scale = calibration(margin)
-    p = 1 / (1 + np.exp(-scale * margin))
+    p = probability(margin, scale)
     accuracy = float((margin > 0).mean())
     doubtful = float((p < DOUBTFUL).mean())
     # Two standard errors of a coin's accuracy.
@@ -106,24 +109,43 @@ def held_out_margins(
 
     token_logps: (R,) log pi_ref of every row. policy is left with an adapter.
     """
+    inject_lora(
+        policy, rank=cfg.flip_lora_rank, alpha=2 * cfg.flip_lora_rank, dropout=0.0, use_rslora=False, target="all",
+        seed=cfg.seed,
+    )  # fmt: skip
+    start = snapshot(policy)
+    weight = np.ones(len(rows))
+    for number in range(1, cfg.flip_rounds + 1):
+        print(f"flipped labels: round {number} of {cfg.flip_rounds}", flush=True)
+        margin = _one_round(policy, start, rows, weight, token_logps, cfg)
+        weight = probability(margin, calibration(margin))
+    return margin
+
+
+def probability(margin: np.ndarray, scale: float) -> np.ndarray:
+    """(N,) p of every label."""
+    return 1 / (1 + np.exp(-scale * margin))
+
+
+def _one_round(
+    policy: Transformer, start: Mapping[str, Tensor], rows: Sequence[Encoded], weight: np.ndarray,
+    token_logps: Sequence[Tensor], cfg: DictConfig,
+) -> np.ndarray:  # fmt: skip
+    """Margins of all folds; every fold begins with the adapter `start`, and trains on the others' rows by weight."""
     reference_logps = {row.key: logps_R for row, logps_R in zip(rows, token_logps, strict=True)}
 
     def reference(stream: Stream, rows: Sequence[Encoded]) -> Tensor:
         return torch.cat([reference_logps[row.key] for row in rows]).to(stream.target_R.device)
 
     objective = PreferenceObjective(preference_loss(["sigmoid"], None, OFF | {"beta": cfg.flip_beta}), reference)
-    inject_lora(
-        policy, rank=cfg.flip_lora_rank, alpha=2 * cfg.flip_lora_rank, dropout=0.0, use_rslora=False, target="all",
-        seed=cfg.seed,
-    )  # fmt: skip
-    start = snapshot(policy)
+    weighed = [replace(row, example=replace(row.example, weight=float(w))) for row, w in zip(rows, weight, strict=True)]
     fold = folds([row.example for row in rows], cfg.flip_folds, cfg.seed)
     margin = np.empty(len(rows))
     for k in range(cfg.flip_folds):
         print(f"flipped labels: fold {k + 1} of {cfg.flip_folds}", flush=True)
         for name, tensor in adapter_tensors(policy).items():
             tensor.data.copy_(start[name])
-        seen = [row for row, its in zip(rows, fold, strict=True) if its != k]
+        seen = [row for row, its in zip(weighed, fold, strict=True) if its != k]
         Trainer(_training(cfg), policy, objective, seen, [], NoDirectory(), Path()).train()
         held = np.flatnonzero(fold == k)
         margin[held] = _scores(policy, objective, [rows[i] for i in held.tolist()], cfg.per_device_eval_batch_size)

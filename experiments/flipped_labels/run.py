@@ -29,8 +29,8 @@ from models.weights import WORLD, load_model
 # The doctor's defaults, and of this experiment: the share exchanged, the seed of which, and how many pairs.
 SETTINGS = {
     "model_name_or_path": "world", "cutoff_len": 2048, "per_device_eval_batch_size": 64, "seed": 42,
-    "flip_folds": 5, "flip_epochs": 2, "flip_learning_rate": 3e-4, "flip_beta": 1.0, "flip_batch_size": 8,
-    "flip_lora_rank": 16, "share": 0.1, "flip_seed": 0, "max_samples": None,
+    "flip_folds": 5, "flip_rounds": 2, "flip_epochs": 2, "flip_learning_rate": 3e-4, "flip_beta": 3.0,
+    "flip_batch_size": 8, "flip_lora_rank": 16, "share": 0.1, "flip_seed": 0, "max_samples": None,
 }  # fmt: skip
 
 
