@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes of two threads each would wait for one another most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test starts
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,8 @@ class Run:
     def __init__(self, seed: int, *, adapted: bool = True, rank: int = 2, steps: int = 1, untouched: str = "none"):
         torch.manual_seed(seed)
         self.policy = Transformer(parse_model_config(MODEL), torch.float32)
+        for parameter in self.policy.parameters():  # a model's weights come from files: here they would be any bytes
+            torch.nn.init.normal_(parameter)
         if adapted:
             options = {"alpha": 4, "use_rslora": False, "dropout": 0.0, "target": "all", "seed": seed}
             inject_lora(self.policy.requires_grad_(False), rank=rank, **options)
