@@ -274,7 +274,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.touch()
     mode = beside.stat().st_mode  # safetensors makes files that nobody but their owner can read
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata={"format": "pt"})
+    content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(content, beside, metadata={"format": "pt"})
+    except SafetensorError as error:  # its word for a disk that is full
+        raise OSError(f"{beside}: {error}") from None
     beside.chmod(mode)
     os.replace(beside, path)
 
