@@ -22,6 +22,7 @@ from dpo.config import TrainConfig, check
 from dpo.evals import world_reward
 from dpo.preference import PreferenceObjective
 from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
+from dpo.signals import StopRequest
 from dpo.tokens import Encoded, print_cuts
 from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
 from models.command import one_line_errors, prepare_command_line
@@ -93,37 +94,48 @@ def train(cfg: DictConfig) -> dict[str, float]:
         print(f"reference: {description}")
 
     # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
-    run_dir = RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
-    trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, model_dir(cfg.model_name_or_path))
-    if cfg.do_train:
-        if trainer.warmup_steps >= trainer.plan.total_steps:
-            steps = f"{trainer.warmup_steps} steps of warm-up in a run of {trainer.plan.total_steps}"
-            print(f"warning: {steps}: learning_rate is never reached; lower warmup_steps or warmup_ratio")
-        if cfg.sync_ref_model and cfg.ref_model_sync_steps >= trainer.plan.total_steps:
-            steps = f"ref_model_sync_steps={cfg.ref_model_sync_steps} in a run of {trainer.plan.total_steps}"
-            print(f"warning: {steps}: the reference does not move before the last update; lower it")
-        if checkpoint is None and isinstance(objective, PreferenceObjective):
-            first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
-            stream = to_stream(first, device)
-            same = starts_at_its_reference(cfg)
-            print(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
-        report = Report(cfg, policy, template, rows.evaluation or rows.train)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-            print(f"resumed after step {trainer.step}")
-    run_dir.write_config(cfg)
-    run_dir.write_skipped(rows.skipped)
-    if cfg.val_size and cfg.stage != "sft":
-        run_dir.write_held_out([row.example for row in rows.evaluation])
-    if cfg.do_train:
-        metrics = trainer.train()
-        save_result(policy, path, **trainer.result)
-        metrics |= report.show()
-    else:
-        metrics = trainer.evaluate()
-    run_dir.close()
+    with RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume) as run_dir:
+        source_dir = model_dir(cfg.model_name_or_path)
+        trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir)
+        if cfg.do_train:
+            print_warnings(cfg, trainer)
+            if checkpoint is None and isinstance(objective, PreferenceObjective):
+                first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
+                stream = to_stream(first, device)
+                same = starts_at_its_reference(cfg)
+                print(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
+            report = Report(cfg, policy, template, rows.evaluation or rows.train)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+                print(f"resumed after step {trainer.step}, from {checkpoint}")
+        run_dir.write_config(cfg)
+        run_dir.write_skipped(rows.skipped)
+        if cfg.val_size and cfg.stage != "sft":
+            run_dir.write_held_out([row.example for row in rows.evaluation])
+        if cfg.do_train:
+            with StopRequest() as stop:
+                metrics = trainer.train(stop)
+            save_result(policy, path, **trainer.result)
+            metrics |= report.show()
+        else:
+            metrics = trainer.evaluate()
     print(f"run: {path}")
     return metrics
+
+
+def print_warnings(cfg: DictConfig, trainer: Trainer) -> None:
+    """What the length of the run makes useless."""
+    total = trainer.plan.total_steps
+    if trainer.warmup_steps >= total:
+        print(
+            f"warning: {trainer.warmup_steps} steps of warm-up in a run of {total}: learning_rate is never reached; "
+            "lower warmup_steps or warmup_ratio"
+        )
+    if cfg.sync_ref_model and cfg.ref_model_sync_steps >= total:
+        print(
+            f"warning: ref_model_sync_steps={cfg.ref_model_sync_steps} in a run of {total}: the reference does not "
+            "move before the last update; lower it"
+        )
 
 
 def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped: Sequence[str]) -> None:

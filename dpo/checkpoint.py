@@ -1,12 +1,13 @@
 """checkpoint-N/: everything that step N + 1 depends on, in safetensors and JSON.
 
     adapter_model.safetensors + adapter_config.json, or model.safetensors + config.json ...
-    optimizer.safetensors       AdamW's two moments of every trainable, by name, and its step count
+    optimizer.safetensors       the optimiser's state of every trainable, by name
     objective.safetensors       what the objective carries from step to step (a moving reference), where it does
-    trainer_state.json          step, fp16's loss scale, the sums of the open logging window
+    trainer_state.json          step, fp16's loss scale, the sums of the open logging window, the best evaluation
+    manifest.json               size and SHA-256 of each (dpo.durable)
 
-Data order and dropout are functions of seed and step, so no random state is stored. A checkpoint is written under
-another name and renamed when whole: a directory called checkpoint-N is complete.
+Data order and dropout are functions of seed and step, so no random state is stored. A checkpoint is whole or not there,
+and holds no number that is not finite.
 """
 
 import json
@@ -14,22 +15,28 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo.durable import damage, write_whole
+from dpo.optim import STATE_TENSORS
 from models.config import read_json
 from models.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_tensors, lora_layers, save_adapter
 from models.transformer import Transformer
 from models.weights import WEIGHTS, read_tensors, save_model, write_tensors
 
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.safetensors", "objective.safetensors", "trainer_state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
+class NotFinite(ValueError):
+    """A weight, a moment or a number of the objective's is infinite or none."""
+
+
+@dataclass
 class TrainerState:
     step: int
     """updates made."""
@@ -37,10 +44,21 @@ class TrainerState:
     good_steps: int
     window: dict[str, list[float]]
     """sums and counts of metrics since the last logged step."""
+    skipped: int = 0
+    """updates that were left out because something was not finite."""
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    """metric_for_best_model at its best so far, and the update after which it was."""
+    best_step: int = 0
+    evaluations_since_best: int = 0
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_window(value: Any) -> bool:
@@ -53,9 +71,14 @@ def _is_window(value: Any) -> bool:
 
 STATE_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "step": ("a whole number, at least 0", _is_count),
-    "loss_scale": ("a finite number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+    "loss_scale": ("a finite number above 0", lambda value: _is_finite(value) and value > 0),
     "good_steps": ("a whole number, at least 0", _is_count),
     "window": ("a sum and a count for each metric", _is_window),
+    "skipped": ("a whole number, at least 0", _is_count),
+    "skipped_in_a_row": ("a whole number, at least 0", _is_count),
+    "best": ("a finite number or null", lambda value: value is None or _is_finite(value)),
+    "best_step": ("a whole number, at least 0", _is_count),
+    "evaluations_since_best": ("a whole number, at least 0", _is_count),
 }
 
 
@@ -71,36 +94,57 @@ def save_checkpoint(
     target: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor],
     state: TrainerState, **result: Any,
 ) -> None:  # fmt: skip
-    """Write checkpoint-N; `objective` is the objective's state, `result` goes to save_result."""
-    beside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_result(policy, beside, **result)
-    write_tensors(beside / OPTIMIZER, optimizer_tensors(policy, optimizer))
-    if objective:
-        write_tensors(beside / OBJECTIVE, dict(objective))
-    (beside / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
+    """Write checkpoint-N; `objective` is the objective's state, `result` goes to save_result.
+
+    NotFinite, and nothing written, where a number is not.
+    """
+    tensors = {OPTIMIZER: optimizer_tensors(policy, optimizer), OBJECTIVE: dict(objective)}
+    # One by one: a moving reference has names of the weights that it follows.
+    for name, tensor in chain(trainable(policy).items(), *(named.items() for named in tensors.values())):
+        if not bool(tensor.isfinite().all()):
+            raise NotFinite(f"{target}: not written, {name} is not finite; an earlier one is the last good one")
+
+    def fill(directory: Path) -> None:
+        save_result(policy, directory, **result)
+        for file, content in tensors.items():
+            if content:
+                write_tensors(directory / file, content)
+        (directory / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+
+    write_whole(target, fill)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint-N directories of a run, the newest first, whole or not."""
+    numbers = [path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")]
+    return [run_dir / f"checkpoint-{n}" for n in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
+
+
+def keep_newest(run_dir: Path, limit: int, keep: Path | None) -> None:
+    """Remove all but the `limit` newest checkpoints of a run, and never `keep`, nor a damaged one."""
+    for path in checkpoints(run_dir)[limit:]:
+        if path != keep and damage(path) is None:
+            shutil.rmtree(path)
 
 
 def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
-    """The directory to resume from: the one named, or with `true` the newest of the run; ValueError where none is."""
+    """The directory to resume from: the one named, or with `true` the newest whole one of the run.
+
+    Damaged ones are said and passed over. ValueError where none is left, or the one named is damaged.
+    """
     if resume_from_checkpoint.lower() != "true":
         path = Path(resume_from_checkpoint)
-        if not (path / STATE).is_file():
-            raise ValueError(f"resume_from_checkpoint={path}: holds no {STATE}; name a checkpoint-N directory, or true")
+        if fault := damage(path):
+            raise ValueError(f"resume_from_checkpoint={path}: {fault}; name a whole checkpoint-N directory, or true")
         return path
-    numbered = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in run_dir.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    }
-    if not numbered:
-        raise ValueError(
-            f"resume_from_checkpoint=true: {run_dir} holds no checkpoint-N; pass the output_dir of the run"
-        )
-    return numbered[max(numbered)]
+    for path in checkpoints(run_dir):
+        fault = damage(path)
+        if fault is None:
+            return path
+        print(f"warning: {path} is damaged ({fault}) and is passed over")
+    raise ValueError(
+        f"resume_from_checkpoint=true: {run_dir} holds no whole checkpoint-N; pass the output_dir of the run"
+    )
 
 
 def load_checkpoint(
@@ -110,9 +154,8 @@ def load_checkpoint(
 
     ValueError names the file that is damaged or not this run's; nothing is changed then.
     """
-    adapted = bool(lora_layers(policy))
-    weights = {f"{PEFT_PREFIX}{name}.weight" if adapted else name: p.data for name, p in trainable(policy).items()}
-    targets = {ADAPTER_WEIGHTS if adapted else WEIGHTS: weights, OPTIMIZER: optimizer_tensors(policy, optimizer)}
+    file, weights = _weights_of(policy)
+    targets = {file: weights, OPTIMIZER: optimizer_tensors(policy, optimizer)}
     if objective:
         targets[OBJECTIVE] = dict(objective)
     state = _read_state(source / STATE)
@@ -123,15 +166,30 @@ def load_checkpoint(
     return state
 
 
+def load_weights(source: Path, policy: Transformer) -> None:
+    """Put the weights of a checkpoint into the policy, and nothing else of it."""
+    file, weights = _weights_of(policy)
+    for name, tensor in _read_exactly(source / file, weights).items():
+        weights[name].copy_(tensor)
+
+
+def _weights_of(policy: Transformer) -> tuple[str, dict[str, Tensor]]:
+    """The file of a checkpoint that holds the trained weights, and these by their names in it."""
+    adapted = bool(lora_layers(policy))
+    weights = {f"{PEFT_PREFIX}{name}.weight" if adapted else name: p.data for name, p in trainable(policy).items()}
+    return ADAPTER_WEIGHTS if adapted else WEIGHTS, weights
+
+
 def optimizer_tensors(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step count of every trainable, by name: zeros, as AdamW begins, where it had no gradient."""
+    """The optimiser's state of every trainable, by name: zeros, as it begins, where there was no gradient yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainable(policy).items():
         state = optimizer.state[parameter]
-        if not state:
-            state |= {key: torch.zeros_like(parameter) for key in MOMENTS}
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        tensors |= {f"{name}.{key}": state[key] for key in (*MOMENTS, "step")}
+        for key in STATE_TENSORS[type(optimizer)]:
+            if key not in state:
+                zero = torch.zeros_like(parameter)
+                state[key] = zero if key != "step" else torch.zeros((), dtype=torch.float32, device=parameter.device)
+            tensors[f"{name}.{key}"] = state[key]
     return tensors
 
 

@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig, ListConfig
 from dpo.data import MIX_STRATEGIES
 from dpo.formats import FORMATS
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
-from dpo.optim import SCHEDULES
+from dpo.optim import OPTIMIZERS, SCHEDULES
 from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
 from dpo.rankings import RANKING_TO_PAIRS
 from dpo.run import saved_keys
@@ -101,6 +101,7 @@ class TrainConfig(SharedConfig):
     warmup_steps: int = MISSING
     num_train_epochs: float = MISSING
     max_steps: int = MISSING
+    optim: str = MISSING
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     seed: int = MISSING
@@ -110,6 +111,11 @@ class TrainConfig(SharedConfig):
     eval_steps: int = MISSING
     save_strategy: str = MISSING
     save_steps: int = MISSING
+    save_total_limit: int | None = MISSING
+    metric_for_best_model: str = MISSING
+    greater_is_better: bool | None = MISSING
+    load_best_model_at_end: bool = MISSING
+    early_stopping_steps: int | None = MISSING
     output_dir: str = MISSING
     overwrite_output_dir: bool = MISSING
     resume_from_checkpoint: str | None = MISSING
@@ -192,6 +198,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "warmup_ratio": SHARE,
     "warmup_steps": NOT_NEGATIVE,
     "num_train_epochs": POSITIVE,
+    "optim": _one_of(*OPTIMIZERS),
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
@@ -201,6 +208,8 @@ RULES: dict[str, tuple[Any, str]] = {
     "eval_steps": AT_LEAST_1,
     "save_strategy": _one_of("no", "steps", "epoch"),
     "save_steps": AT_LEAST_1,
+    "save_total_limit": AT_LEAST_1,
+    "early_stopping_steps": AT_LEAST_1,
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
 }
@@ -298,6 +307,10 @@ def _check_training(cfg: DictConfig) -> list[str]:
         if not cfg.sync_ref_model and cfg[key] != default:
             raise ValueError(f"{key}={cfg[key]}: not read without sync_ref_model=true; leave it at {default}")
     _check_mixture(cfg)
+    evaluates = cfg.eval_strategy != "no" and (cfg.eval_dataset or cfg.val_size)
+    for key in ("load_best_model_at_end", "early_stopping_steps"):
+        if cfg[key] and not evaluates:
+            raise ValueError(f"{key}={cfg[key]}: needs evaluations; set eval_strategy, and eval_dataset or val_size")
     if cfg.val_size and cfg.eval_dataset:
         raise ValueError(f"val_size={cfg.val_size} with eval_dataset={cfg.eval_dataset}: choose one of the two")
     warnings = []

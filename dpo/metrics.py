@@ -51,6 +51,10 @@ class Means:
             entry[0] = entry[0] + vector.detach().sum(dtype=torch.float64)
             entry[1] += vector.numel()
 
+    def copy(self) -> "Means":
+        """As it is now, whatever is added later; the device is not waited for."""
+        return Means(self._sums)
+
     def means(self, prefix: str = "") -> dict[str, float]:
         means = {name: float(total) / count for name, (total, count) in self._sums.items() if count}
         if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():

@@ -5,7 +5,8 @@ constant, linear to 0, or half a cosine to 0. One deviation: a step that fp16 sk
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,29 @@ from torch import Tensor, nn
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
-def build_adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with Hugging Face's betas, epsilon and exemptions.
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with Hugging Face's betas and epsilon; its name there.
+    "adamw_torch": lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True),
+    # The DPO paper's (arXiv:2305.18290, App. B).
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.0),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0),
+}
+# What each keeps of every parameter from one update to the next.
+STATE_TENSORS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.RMSprop: ("square_avg", "step"),
+    torch.optim.SGD: (),
+}  # fmt: skip
 
-    Biases and norm weights are not decayed. The learning rate is set before every step.
-    """
+
+def build_optimizer(
+    name: str, named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser of OPTIMIZERS; biases and norm weights are not decayed. The rate is set before every update."""
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]
     exempt = [p for name, p in trained if name.endswith("bias") or "norm" in name]
     decayed = [p for name, p in trained if not (name.endswith("bias") or "norm" in name)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return OPTIMIZERS[name]([g for g in groups if g["params"]])
 
 
 def learning_rate_at(

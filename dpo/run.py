@@ -6,16 +6,21 @@ runs/                        TensorBoard events (extra `log`)
 skipped_rows.txt             rows left out under on_bad_row=skip, a line each
 held_out.jsonl               the rows that val_size held out
 checkpoint-N/                after step N (dpo.checkpoint)
+postmortem-N.json            of a run that numbers which were not finite stopped (dpo.postmortem)
+run.lock                     held by the process that trains in the directory
 adapter_*.* or a model       the result, in PEFT's or Hugging Face's format
 results.json                 overrides and final metrics; a sweep collects them in its results.csv
 """
 
 import csv
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +31,7 @@ from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.weights import WEIGHTS
 
 CONFIG, METRICS, RESULTS, HELD_OUT = "config.yaml", "metrics.jsonl", "results.json", "held_out.jsonl"
+LOCK = "run.lock"
 
 
 # Keys that a resumed run may change: where, how often and how much it reports, saves and evaluates, and how long it is.
@@ -33,6 +39,7 @@ FREE_ON_RESUME = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "device", "eval_dataset",
     "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
     "max_steps", "num_train_epochs", "num_samples", "max_new_tokens", "ref_cache_dir", "tokenized_path",
+    "save_total_limit", "load_best_model_at_end", "early_stopping_steps",
 })  # fmt: skip
 
 
@@ -63,19 +70,22 @@ def check_resume(path: Path, cfg: DictConfig) -> None:
 
 
 class RunDir:
-    """One run's directory, opened: an earlier run in it is removed (overwrite) or continued (resume)."""
+    """One run's directory, opened by one process alone: an earlier run in it is removed (overwrite) or continued."""
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool):
         check_output_dir(path, overwrite=overwrite, resume=resume)
         self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
         if overwrite and not resume and (path / CONFIG).exists():
             self._remove_earlier_run()
-        path.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _tensorboard_writer(path / "runs")
 
     def _remove_earlier_run(self) -> None:
         for name in (METRICS, RESULTS, HELD_OUT, "skipped_rows.txt", ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
             (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob("postmortem-*.json"):
+            path.unlink()
         for folder in [self.path / "runs", *self.path.glob("checkpoint-*")]:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -118,13 +128,45 @@ class RunDir:
         if path.exists():
             # A line without its end was cut short by a crash.
             rows = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
-            path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
-        self.close()
+            beside = path.with_name(f"{METRICS}.tmp")
+            beside.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+            os.replace(beside, path)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._tensorboard = _tensorboard_writer(self.path / "runs", purge_step=step + 1)
+
+    def sync(self) -> None:
+        """Have the disk hold every row of metrics.jsonl, as it must before it holds a later checkpoint."""
+        if (self.path / METRICS).exists():
+            with open(self.path / METRICS, "rb") as file:
+                os.fsync(file.fileno())
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """The lock of a run directory, held until it is closed or the process ends, however it ends."""
+    lock = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(f"output_dir={path}: {holder} is training in it; wait for it, or name another") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def _tensorboard_writer(path: Path, purge_step: int | None = None) -> Any:

@@ -21,13 +21,23 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from dpo.checkpoint import TrainerState, load_checkpoint, save_checkpoint, trainable
+from dpo.checkpoint import (
+    NotFinite,
+    TrainerState,
+    keep_newest,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    trainable,
+)
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
 from dpo.formats import NUMBERS, Example
 from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
-from dpo.optim import LossScale, build_adamw, clip_gradients, learning_rate_at
+from dpo.optim import LossScale, build_optimizer, clip_gradients, learning_rate_at
+from dpo.postmortem import write_postmortem
 from dpo.run import RunDir
+from dpo.signals import StopRequest
 from dpo.tokens import Encoded
 from models.stream import Stream, pack
 from models.transformer import Transformer
@@ -151,6 +161,21 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
+MOST_SKIPPED = 3
+MOST_FAILED_SAVES = 3
+
+
+class Interrupted(Exception):
+    """A signal came between two micro-batches."""
+
+
+class NonFinite(Exception):
+    """A loss or gradient that is infinite or no number."""
+
+    def __init__(self, what: str, rows: Sequence[Encoded]):
+        self.what, self.rows = what, rows
+
+
 class Trainer:
     """The state of one run: policy, optimiser, position. `train` makes the updates that the plan has left."""
 
@@ -165,53 +190,123 @@ class Trainer:
         self.objective = objective
         self.plan = Plan.of(cfg, len(train_rows))
         self.parameters = list(trainable(policy).values())
-        self.optimizer = build_adamw(trainable(policy).items(), weight_decay=cfg.weight_decay)
+        self.optimizer = build_optimizer(cfg.optim, trainable(policy).items(), weight_decay=cfg.weight_decay)
         self.loss_scale = LossScale(policy.dtype)
         self.result = {
             "base_model": str(source_dir) if cfg.model_name_or_path == "world" else cfg.model_name_or_path,
             "source_dir": source_dir, "lora_dropout": cfg.lora_dropout,
         }  # fmt: skip
-        self.step = 0
+        self.state = TrainerState(0, self.loss_scale.scale, 0, {})
         self.window = Means()
+        self.failed_saves = 0
         self.last_evaluation: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return self.state.step
 
     def resume(self, source: Path) -> None:
         """Continue from a checkpoint-N directory."""
-        state = load_checkpoint(source, self.policy, self.optimizer, self.objective.state)
-        self.step = state.step
-        self.window = Means(state.window)
-        self.loss_scale.scale, self.loss_scale.good_steps = state.loss_scale, state.good_steps
-        self.run_dir.forget_after(state.step)
+        self.state = load_checkpoint(source, self.policy, self.optimizer, self.objective.state)
+        self.window = Means(self.state.window)
+        self.loss_scale.scale, self.loss_scale.good_steps = self.state.loss_scale, self.state.good_steps
+        self.run_dir.forget_after(self.step)
+        self._remove_old_checkpoints()  # of a run that was killed before it could
 
-    def train(self) -> dict[str, float]:
-        """Make the updates that are left; returns the last logged training metrics and the last evaluation."""
+    def train(self, stop: StopRequest | None = None) -> dict[str, float]:
+        """Make the updates that are left; returns the last logged training metrics and the last evaluation.
+
+        SystemExit with the signal's exit status, after a checkpoint, where `stop` heard one.
+        """
         last: dict[str, float] = {}
         clock = _Clock()
         total = self.plan.total_steps
         with tqdm(total=total, initial=self.step, disable=None, unit="step", dynamic_ncols=True) as bar:
-            while self.step < total:
+            while self.step < total and not self._patience_is_over():
                 batch = [self.train_rows[i] for i in self.plan.indices(self.step)]
-                with clock:
-                    rate, norm = self.update(batch, clock)
-                self.step += 1
+                try:
+                    with clock:
+                        rate, norm = self.update(batch, clock, stop)
+                except Interrupted:
+                    break
+                self.state.step += 1
                 bar.update()
                 if self._due(self.cfg.logging_steps) or self.step == total:
                     last = self._log(rate, norm, clock, bar)
                     clock = _Clock()
+                improved = False
                 if self.eval_rows and self._scheduled(self.cfg.eval_strategy, self.cfg.eval_steps, at_end=True):
-                    self.evaluate(bar)
-                if self._scheduled(self.cfg.save_strategy, self.cfg.save_steps, at_end=False):
+                    improved = self._compare_with_best(self.evaluate(bar))
+                save_best = improved and self.cfg.load_best_model_at_end
+                if save_best or self._scheduled(self.cfg.save_strategy, self.cfg.save_steps, at_end=False):
                     self.save_checkpoint()
+                if stop is not None and stop.signal:
+                    break
+        if stop is not None and stop.signal and self.step < total:
+            self._leave(stop)
+        if self._patience_is_over():
+            print(f"early stop after step {self.step}: {self._best()}")
+        if self.cfg.load_best_model_at_end and self.state.best_step not in (0, self.step):
+            load_weights(self._checkpoint_dir(self.state.best_step), self.policy)
+            print(f"the result is the policy after step {self.state.best_step}: {self._best()}")
         return last | self.last_evaluation
 
-    def update(self, batch: Sequence[Encoded], clock: "_Clock") -> tuple[float, Tensor]:
-        """One update from one logical batch; returns the learning rate used and the gradient norm before clipping."""
+    def _leave(self, stop: StopRequest) -> None:
+        """Save and exit, as the signal asks."""
+        assert stop.signal is not None
+        kept = "nothing of it is kept"
+        if self.step and self.save_checkpoint():
+            kept = f"{self._checkpoint_dir(self.step)} holds it; resume_from_checkpoint=true continues"
+        print(f"stopped by {stop.signal.name} after step {self.step}/{self.plan.total_steps}: {kept}", flush=True)
+        raise SystemExit(stop.exit_status)
+
+    def update(
+        self, batch: Sequence[Encoded], clock: "_Clock", stop: StopRequest | None = None
+    ) -> tuple[float, Tensor]:
+        """One update from one logical batch; returns the learning rate used and the gradient norm before clipping.
+
+        What is not finite is not learned from: the update is skipped and counted, and three in a row are an error.
+        Interrupted where `stop` heard a signal between two micro-batches: nothing has changed then.
+        """
+        rate = learning_rate_at(
+            self.step, learning_rate=self.cfg.learning_rate, lr_scheduler_type=self.cfg.lr_scheduler_type,
+            warmup_steps=self.warmup_steps, total_steps=self.plan.total_steps,
+        )  # fmt: skip
+        window = self.window.copy()
+        try:
+            self._accumulate(batch, clock, stop)
+            usable = self.loss_scale.unscale(self.parameters)
+            norm = clip_gradients(self.parameters, self.cfg.max_grad_norm)
+            if usable and not torch.isfinite(norm):
+                raise NonFinite("gradient", batch)
+        except NonFinite as fault:
+            self.window = window
+            self._skip(fault, batch)
+            return rate, torch.tensor(math.nan)
+        except Interrupted:
+            self.window = window
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        if usable:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.updated(self.step + 1)
+        self.state.skipped_in_a_row = 0
+        return rate, norm
+
+    def _accumulate(self, batch: Sequence[Encoded], clock: "_Clock", stop: StopRequest | None) -> None:
+        """The gradient of the batch's mean loss, micro-batch by micro-batch."""
         self.policy.train()
         torch.manual_seed(self._dropout_seed)
         cut = _cut(batch, self.cfg.per_device_train_batch_size)
         gradients = self._coupled_gradients(batch, cut) if self.objective.couples and len(cut) > 1 else None
         start = 0
         for rows in cut:
+            if stop is not None and stop.signal:
+                raise Interrupted
             stream = to_stream(rows, self.policy.device)
             measured = self.objective.measure(self.policy, stream, rows, batch)
             if gradients is None:
@@ -221,33 +316,38 @@ class Trainer:
             (total * self.loss_scale.scale).backward()
             start += len(rows)
             clock.count(len(rows), len(stream.input_ids_T))
-        usable = self.loss_scale.unscale(self.parameters)
-        norm = clip_gradients(self.parameters, self.cfg.max_grad_norm)
-        if usable and not torch.isfinite(norm):
-            raise ValueError(
-                f"step {self.step + 1}: the gradient is not finite (rows {batch[0].example.source} ...); lower "
-                "learning_rate, raise pref_beta or lower max_grad_norm"
-            )
-        rate = learning_rate_at(
-            self.step, learning_rate=self.cfg.learning_rate, lr_scheduler_type=self.cfg.lr_scheduler_type,
-            warmup_steps=self.warmup_steps, total_steps=self.plan.total_steps,
+
+    def _skip(self, fault: "NonFinite", batch: Sequence[Encoded]) -> None:
+        """Leave an update out, and say which rows; ValueError, and a bundle to look at, at the third in a row."""
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        in_a_row = self.state.skipped_in_a_row
+        sources = [row.example.source for row in fault.rows]
+        shown = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
+        said = f"step {self.step + 1}: the {fault.what} is not finite ({shown})"
+        if in_a_row < MOST_SKIPPED:
+            self.optimizer.zero_grad(set_to_none=True)
+            tqdm.write(f"warning: {said}; the update is skipped, {in_a_row} in a row")
+            return
+        bundle = self.run_dir.path / f"postmortem-{self.step + 1}.json"
+        write_postmortem(
+            bundle, step=self.step + 1, what=fault.what, rows=fault.rows, batch=batch, policy=self.policy,
+            objective=self.objective, metrics=self.window.means(),
         )  # fmt: skip
-        if usable:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.updated(self.step + 1)
-        return rate, norm
+        raise ValueError(
+            f"{said}, in the third update in a row; lower learning_rate, raise pref_beta or lower max_grad_norm, with "
+            f"fp16 try bf16; {bundle} says more"
+        )
 
     def _share_of_loss(self, measured: Any, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
         """What `rows` contribute to the mean loss of their batch; logged."""
         losses = self.objective.losses(measured)
-        if not torch.isfinite(losses).all():
-            raise ValueError(
-                f"step {self.step + 1}: the loss is not finite (rows {rows[0].example.source} ...); with fp16 try "
-                "bf16, else lower learning_rate or raise pref_beta"
-            )
+        finite = torch.isfinite(losses)
+        if not finite.all():
+            # A loss per token, as SFT's, does not say which row.
+            per_row = len(losses) == len(rows)
+            raise NonFinite("loss", [row for row, ok in zip(rows, finite, strict=True) if not ok] if per_row else rows)
         self.window.add(self.objective.metrics(measured, losses))
         return losses.sum() / self.objective.units(batch)
 
@@ -282,8 +382,10 @@ class Trainer:
 
     def _log(self, rate: float, norm: Tensor, clock: "_Clock", bar: tqdm) -> dict[str, float]:
         means = self.window.means()
-        metrics = self._position() | {"loss": means.pop("loss"), "learning_rate": rate, "grad_norm": float(norm)}
-        metrics |= means | clock.rates()
+        # Every update of the window may have been skipped.
+        loss = means.pop("loss", math.nan)
+        metrics = self._position() | {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
+        metrics |= ({"skipped_steps": self.state.skipped} if self.state.skipped else {}) | means | clock.rates()
         self.run_dir.log(metrics)
         self.window = Means()
         shown = {k: v for k, v in metrics.items() if k in ("loss", "rewards/accuracies", "rewards/margins")}
@@ -301,10 +403,60 @@ class Trainer:
         self.last_evaluation = metrics
         return metrics
 
-    def save_checkpoint(self) -> None:
-        state = TrainerState(self.step, self.loss_scale.scale, self.loss_scale.good_steps, self.window.state())
-        target = self.run_dir.path / f"checkpoint-{self.step}"
-        save_checkpoint(target, self.policy, self.optimizer, self.objective.state, state, **self.result)
+    def _compare_with_best(self, metrics: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far, which is remembered."""
+        name = self.cfg.metric_for_best_model.removeprefix("eval_")
+        if f"eval_{name}" not in metrics:
+            known = ", ".join(key.removeprefix("eval_") for key in metrics)
+            raise ValueError(f"metric_for_best_model={name}: an evaluation gives {known}; name one of these")
+        value, greater = metrics[f"eval_{name}"], self.cfg.greater_is_better
+        greater = not name.endswith("loss") if greater is None else greater
+        best = self.state.best
+        if math.isfinite(value) and (best is None or (value > best if greater else value < best)):
+            self.state.best, self.state.best_step, self.state.evaluations_since_best = value, self.step, 0
+            return True
+        self.state.evaluations_since_best += 1
+        return False
+
+    def _patience_is_over(self) -> bool:
+        patience = self.cfg.early_stopping_steps
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _best(self) -> str:
+        name = self.cfg.metric_for_best_model.removeprefix("eval_")
+        return f"eval_{name} was best, {self.state.best:.4g}, after step {self.state.best_step}"
+
+    def _checkpoint_dir(self, step: int) -> Path:
+        return self.run_dir.path / f"checkpoint-{step}"
+
+    def save_checkpoint(self) -> bool:
+        """Write checkpoint-N, and remove what save_total_limit is too small for; whether it was written.
+
+        A disk that is full or gone is said, and training goes on: the third time in a row is an error.
+        """
+        self.state.window = self.window.state()
+        self.state.loss_scale, self.state.good_steps = self.loss_scale.scale, self.loss_scale.good_steps
+        target = self._checkpoint_dir(self.step)
+        try:
+            self.run_dir.sync()
+            save_checkpoint(target, self.policy, self.optimizer, self.objective.state, self.state, **self.result)
+        except NotFinite as error:
+            tqdm.write(f"warning: {error}")
+            return False
+        except OSError as error:
+            self.failed_saves += 1
+            if self.failed_saves == MOST_FAILED_SAVES:
+                raise
+            tqdm.write(f"warning: {target} could not be written ({error}); the one before it is the last good one")
+            return False
+        self.failed_saves = 0
+        self._remove_old_checkpoints()
+        return True
+
+    def _remove_old_checkpoints(self) -> None:
+        if self.cfg.save_total_limit is not None:
+            best = self._checkpoint_dir(self.state.best_step) if self.cfg.load_best_model_at_end else None
+            keep_newest(self.run_dir.path, self.cfg.save_total_limit, keep=best)
 
 
 class _Clock:

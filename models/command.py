@@ -47,7 +47,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "logging_first_step": ANY, "include_num_input_tokens_seen": ANY, "flash_attn": ANY, "use_fast_tokenizer": True,
     "low_cpu_mem_usage": ANY, "use_cache": ANY, "cache_dir": ANY, "do_eval": ANY, "do_predict": False,
     "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,
-    "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "hub_token": None,
     "upcast_layernorm": ANY, "packing": False, "deepspeed": None,
     "quantization_bit": None, "additional_target": None, "use_dora": False, "infer_backend": "huggingface",
 }  # fmt: skip

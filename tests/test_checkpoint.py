@@ -21,7 +21,7 @@ from dpo.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from dpo.optim import build_adamw
+from dpo.optim import build_optimizer
 from models.config import parse_model_config
 from models.lora import ADAPTER_WEIGHTS, inject_lora
 from models.transformer import Transformer
@@ -45,7 +45,7 @@ class Run:
         if adapted:
             options = {"alpha": 4, "use_rslora": False, "dropout": 0.0, "target": "all", "seed": seed}
             inject_lora(self.policy.requires_grad_(False), rank=rank, **options)
-        self.optimizer = build_adamw(trainable(self.policy).items(), weight_decay=0.0)
+        self.optimizer = build_optimizer("adamw_torch", trainable(self.policy).items(), weight_decay=0.0)
         for _ in range(steps):
             for name, parameter in trainable(self.policy).items():
                 parameter.grad = None if untouched in name else torch.randn_like(parameter)
@@ -145,14 +145,14 @@ def gone(tensor: Tensor) -> None:
     return None
 
 
-KEYS = "expected step, loss_scale, good_steps, window, got "
+KEYS = f"expected {', '.join(STATE_RULES)}, got "
 DAMAGED = [
     (without_file(STATE), STATE, "not valid JSON ([Errno 2] No such file"),
     (with_text('{"step": 7, "lo'), STATE, "not valid JSON (Unterminated string"),
     (with_text("[7]"), STATE, KEYS + "list; is it of this project?"),
     (with_text("{}"), STATE, KEYS + "nothing; is it of this project?"),
     (with_text('{"global_step": 7, "epoch": 1.0}'), STATE, KEYS + "global_step, epoch; is it"),
-    (with_state(good_steps="absent"), STATE, KEYS + "step, loss_scale, window; is it"),
+    (with_state(good_steps="absent"), STATE, KEYS + "step, loss_scale, window, skipped, skipped_in"),
     (with_state(step="7"), STATE, "step='7' must be a whole number, at least 0; name another checkpoint"),
     (with_state(step=-1), STATE, "step=-1 must be a whole number"),
     (with_state(step=True), STATE, "step=True must be a whole number"),

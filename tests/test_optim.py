@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpo.optim import SCHEDULES, LossScale, build_adamw, clip_gradients, learning_rate_at
+from dpo.optim import SCHEDULES, STATE_TENSORS, LossScale, build_optimizer, clip_gradients, learning_rate_at
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 1), (0, 7), (3, 11), (1, 1), (5, 5), (11, 7)])
@@ -49,7 +49,7 @@ def named(**shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
 def test_two_adamw_steps_by_hand():
     """Loshchilov & Hutter 2019, Algorithm 2, with betas 0.9 and 0.999, epsilon 1e-8: gradients 0.5, then -0.25."""
     parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer = build_adamw([("w", parameter)], weight_decay=0.01)
+    optimizer = build_optimizer("adamw_torch", [("w", parameter)], weight_decay=0.01)
     w, m, v = 1.0, 0.0, 0.0
     for step, gradient in enumerate((0.5, -0.25), start=1):
         for group in optimizer.param_groups:
@@ -69,7 +69,7 @@ def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_trained():
         layers__0__q_norm__weight=(2,), norm__weight=(2,), layers__0__q_proj__lora_A=(1, 2), frozen__weight=(7,),
     )  # fmt: skip
     parameters[-1][1].requires_grad_(False)
-    optimizer = build_adamw(parameters, weight_decay=0.5)
+    optimizer = build_optimizer("adamw_torch", parameters, weight_decay=0.5)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for _, parameter in parameters[:-1]:
@@ -83,7 +83,7 @@ def test_biases_and_norms_are_not_decayed_and_frozen_weights_not_trained():
 
 def test_nothing_moves_before_a_learning_rate_is_set():
     (entry,) = named(w=(3,))
-    optimizer = build_adamw([entry], weight_decay=0.5)
+    optimizer = build_optimizer("adamw_torch", [entry], weight_decay=0.5)
     entry[1].grad = torch.ones(3)
     optimizer.step()
     assert torch.equal(entry[1], torch.ones(3))
@@ -151,3 +151,20 @@ def test_the_scale_doubles_after_2000_steps_without_an_overflow():
         assert scale.unscale(with_gradients([1.0]))
         scales.append(scale.scale)
     assert (scales[1998], scales[1999], scales[3998], scales[3999]) == (2**16, 2**17, 2**17, 2**18)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw_torch"])
+def test_an_optimizer_is_torchs_own_and_its_state_is_what_a_checkpoint_holds(name):
+    """Two steps at a rate of 0.1, against torch's class with its defaults; AdamW's betas are Hugging Face's."""
+    theirs_of = {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}
+    ours_p, theirs_p = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    ours = build_optimizer(name, [("w", ours_p)], weight_decay=0.0)
+    theirs = theirs_of[name]([theirs_p], lr=0.1, weight_decay=0.0)
+    for _ in range(2):
+        for parameter, optimizer in ((ours_p, ours), (theirs_p, theirs)):
+            parameter.grad = torch.tensor([0.5, 0.25])
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    torch.testing.assert_close(ours_p.data, theirs_p.data)
+    held = {key for key, value in ours.state[ours_p].items() if value is not None}
+    assert held == set(STATE_TENSORS[type(ours)])

@@ -66,7 +66,10 @@ def test_overwriting_leaves_nothing_of_the_earlier_run_but_what_is_not_its(tmp_p
     finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     new_run(tmp_path, overwrite=True).close()
-    left = {path.name for path in tmp_path.iterdir()} - {"config.yaml"}  # written again a moment later
+    left = {path.name for path in tmp_path.iterdir()} - {
+        "config.yaml",
+        "run.lock",
+    }  # the config is written again a moment later
     assert left == {"runs", "notes.txt"} and len(list((tmp_path / "runs").iterdir())) == 1
 
 

@@ -116,7 +116,7 @@ def three_updates(
     seen = []
     for _ in range(3):
         _, norm = trainer.update(rows, _Clock())
-        trainer.step += 1
+        trainer.state.step += 1
         seen.append(norm)
     weights = [tensor.detach() for _, tensor in sorted(trainable(policy).items())]
     return [*weights, *seen, torch.tensor(list(trainer.window.means().values()), dtype=torch.float64)]

@@ -192,6 +192,7 @@ def _training(cfg: DictConfig) -> DictConfig:
         "per_device_train_batch_size": cfg.flip_batch_size, "gradient_accumulation_steps": 1,
         "num_train_epochs": cfg.flip_epochs, "max_steps": -1, "disable_shuffling": False,
         "learning_rate": cfg.flip_learning_rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 0,
+        "optim": "adamw_torch", "load_best_model_at_end": False, "early_stopping_steps": None,
         "weight_decay": 0.0, "max_grad_norm": 1.0,
         "logging_steps": 10**9, "save_strategy": "no", "save_steps": 1,
     })  # fmt: skip

@@ -1,0 +1,314 @@
+"""A run that is killed, signalled, or meets a full disk or numbers that are not finite.
+
+Kills are of forked children, so that each begins in milliseconds. DPO_KILLS=60 is the long form; the short one is 4.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import adapter, config, rows
+
+from dpo import preference, trainer
+from dpo.checkpoint import OPTIMIZER, checkpoints
+from dpo.durable import damage
+from dpo.trainer import Trainer
+from models.weights import read_tensors
+from train import train
+
+KILLS = int(os.environ.get("DPO_KILLS", "4"))
+RUN = [
+    "max_steps=12", "save_steps=2", "logging_steps=3", "learning_rate=1e-3", "lora_dropout=0.1", "val_size=8",
+    "eval_strategy=steps", "eval_steps=4", "per_device_train_batch_size=2", "gradient_accumulation_steps=2",
+    "sync_ref_model=true", "ref_model_sync_steps=3", "save_total_limit=3", "lr_scheduler_type=constant",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """A forked child may not use the parent's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(folder: Path, *overrides: str, before: Callable[[], object] = lambda: None) -> int:
+    """The process id of a child that trains in `folder`, from the newest checkpoint where there is one."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            before()
+            resume = "resume_from_checkpoint=true" if checkpoints(folder) else "overwrite_output_dir=true"
+            train(config(folder, *RUN, resume, *overrides))
+            status = 0
+        except SystemExit as error:
+            status = int(str(error.code))
+        except (ValueError, OSError):
+            status = 2
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, float]:
+    """A run that nothing happens to, and its seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    begin = time.monotonic()
+    assert wait(start(folder)) == 0
+    return folder, time.monotonic() - begin
+
+
+def assert_same(folder: Path, undisturbed: Path) -> None:
+    """Result, optimiser, moving reference and metrics, to the bit."""
+    assert rows(folder) == rows(undisturbed)
+    for name in ("adapter_model.safetensors", f"checkpoint-12/{OPTIMIZER}", "checkpoint-12/objective.safetensors"):
+        one, other = read_tensors(folder / name), read_tensors(undisturbed / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-12", "checkpoint-10", "checkpoint-8"]
+    assert not [path for path in checkpoints(folder) if damage(path)]
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_times_end_as_the_one_that_was_not(tmp_path, undisturbed):
+    """Each run is killed until it gets through; the times reach from its first line to after its last."""
+    expected, seconds = undisturbed
+    draw = random.Random(KILLS)
+    kills = finished = 0
+    folder = tmp_path / "0"
+    while kills < KILLS or finished * 10 < KILLS:
+        child = start(folder)
+        limit = time.monotonic() + draw.uniform(0, 1.1 * seconds)
+        if kills < KILLS:
+            while time.monotonic() < limit and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(0.001)
+            os.kill(child, signal.SIGKILL)
+        status = wait(child)
+        kills += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
+        if status == 0:
+            finished += 1
+            assert_same(folder, expected)
+            folder = tmp_path / str(finished)
+    print(f"{kills} kills, {finished} runs got through, all equal to the undisturbed one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_status(tmp_path, undisturbed, number, status):
+    """Between two micro-batches: the update in progress is dropped, and made again by the resumed run."""
+    real = Trainer._share_of_loss
+
+    def signalled() -> None:
+        def share(self, *arguments):
+            if self.step == 5:
+                os.kill(os.getpid(), number)
+            return real(self, *arguments)
+
+        Trainer._share_of_loss = share
+
+    assert wait(start(tmp_path / "a", before=signalled)) == status
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-5", "checkpoint-4", "checkpoint-2"]
+    assert wait(start(tmp_path / "a")) == 0
+    assert rows(tmp_path / "a") == rows(undisturbed[0])
+    assert all(torch.equal(t, adapter(undisturbed[0])[name]) for name, t in adapter(tmp_path / "a").items())
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    def twice() -> None:
+        def evaluate(*_):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+        trainer.evaluate = evaluate
+
+    assert wait(start(tmp_path / "a", before=twice)) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, undisturbed, capsys):
+    assert wait(start(tmp_path / "a", "max_steps=6")) == 0
+    broken = tmp_path / "a" / "checkpoint-6" / OPTIMIZER
+    broken.write_bytes(broken.read_bytes()[:-1])
+    train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true"))
+    assert f"{broken.parent} is damaged ({OPTIMIZER} is not what was written) and is" in capsys.readouterr().out
+    assert rows(tmp_path / "a") == rows(undisturbed[0]) and (tmp_path / "a" / "checkpoint-6.damaged-1").is_dir()
+    (tmp_path / "a" / "checkpoint-12" / OPTIMIZER).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-12: optimizer.safetensors is missing; name a whole checkpoint-N"):
+        train(config(tmp_path / "a", *RUN, f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-12'}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0, 600, 4_000, 20_000, 60_000])
+def test_a_disk_that_is_full_ends_the_run_with_the_last_good_checkpoint_untouched(tmp_path, undisturbed, limit):
+    """A limit on the size of any file, from update 7 on, stands for the disk."""
+    real = Trainer.update
+
+    def filling() -> None:
+        def update(self, *arguments):
+            if self.step == 6:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            return real(self, *arguments)
+
+        Trainer.update = update
+
+    assert wait(start(tmp_path / "a", before=filling)) == 2
+    whole = [path.name for path in checkpoints(tmp_path / "a") if not damage(path)]
+    assert whole[-3:] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    assert wait(start(tmp_path / "a")) == 0
+    assert rows(tmp_path / "a") == rows(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    first = start(tmp_path / "a")
+    while not (tmp_path / "a" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(ValueError, match=f"output_dir={tmp_path}/a: process {first} on .* is training in it; wait for"):
+        train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true"))
+    os.kill(first, signal.SIGCONT)
+    assert wait(first) == 0
+
+
+def with_losses_not_finite(monkeypatch, steps: set[int], value: float = float("nan")) -> None:
+    """The first pair's loss is `value` in these updates, counted from 1."""
+    real = preference.PreferenceObjective.losses
+    update = Trainer.update
+    now = [0]
+
+    def losses(self, measured):
+        result = real(self, measured)
+        if now[0] in steps and result.requires_grad:
+            mask = torch.zeros_like(result)
+            mask[0] = 1
+            result = torch.where(mask > 0, result * value, result)
+        return result
+
+    def counted(self, *arguments):
+        now[0] = self.step + 1
+        try:
+            return update(self, *arguments)
+        finally:
+            now[0] = 0
+
+    monkeypatch.setattr(preference.PreferenceObjective, "losses", losses)
+    monkeypatch.setattr(Trainer, "update", counted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_skipped_counted_and_its_rows_are_named(tmp_path, monkeypatch, capsys, value):
+    """The run is the one that had never seen these updates' gradients: two of twelve are not made."""
+    with_losses_not_finite(monkeypatch, {2, 6}, value)
+    train(config(tmp_path / "a", *RUN))
+    out = capsys.readouterr().out
+    assert out.count("the loss is not finite (") == 2 and "train.jsonl:" in out and "skipped, 1 in a row" in out
+    logged = [row for row in rows(tmp_path / "a") if "grad_norm" in row]
+    assert [row.get("skipped_steps") for row in logged] == [1, 2, 2, 2]
+    assert all(row["loss"] is not None for row in logged)
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "a").values())
+
+
+def test_three_in_a_row_stop_the_run_with_a_bundle(tmp_path, monkeypatch):
+    with_losses_not_finite(monkeypatch, {5, 6, 7})
+    with pytest.raises(ValueError, match=r"step 7: the loss is not finite .*in the third .*postmortem-7.json says"):
+        train(config(tmp_path / "a", *RUN))
+    bundle = json.loads((tmp_path / "a" / "postmortem-7.json").read_text())
+    assert (bundle["step"], bundle["not_finite"], bundle["weights_not_finite"]) == (7, "loss", [])
+    assert len(bundle["batch"]) == 4 and bundle["rows"][0]["responses"] and bundle["rows"][0]["source"]
+    assert damage(checkpoints(tmp_path / "a")[0]) is None
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too_and_a_module_is_named(tmp_path, monkeypatch):
+    """A weight that became infinite: the bundle names it, and the first module whose output shows it."""
+    real = Trainer.update
+
+    def update(self, *arguments):
+        if self.step >= 4:
+            name = "model.layers.0.mlp.up_proj"
+            self.policy.get_submodule(name).lora_B.data.fill_(float("inf"))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(ValueError, match="in the third update in a row"):
+        train(config(tmp_path / "a", *RUN, "save_steps=3"))
+    bundle = json.loads((tmp_path / "a" / "postmortem-7.json").read_text())
+    assert bundle["first_non_finite"].startswith("model.layers.0.mlp")
+    assert bundle["weights_not_finite"] == ["model.layers.0.mlp.up_proj.lora_B"]
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-3"]
+
+
+# --- the best, and when to stop ---
+
+
+def with_evaluations(monkeypatch, losses: list[float]) -> None:
+    """These are the held-out losses, one for each evaluation."""
+    coming = iter(losses)
+    real = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *a: real(*a) | {"eval_loss": next(coming)})
+
+
+BEST = [*RUN, "eval_steps=2", "save_strategy=no", "save_total_limit=1", "load_best_model_at_end=true"]
+
+
+def test_the_best_evaluation_is_kept_and_is_the_result(tmp_path, monkeypatch, capsys):
+    """Best after step 4 of 12; its checkpoint outlives save_total_limit=1."""
+    with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.45, 0.7, 0.41])
+    train(config(tmp_path / "a", *BEST))
+    assert "the result is the policy after step 4: eval_loss was best, 0.4, after step 4" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-4"]
+    kept = read_tensors(tmp_path / "a" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(tmp_path / "a").items())
+
+
+def test_training_stops_when_its_patience_is_over_and_a_resume_does_not_go_on(tmp_path, monkeypatch, capsys):
+    """Two evaluations in a row that are no better than the one after step 4: the last is after step 8."""
+    with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.45, 0.3, 0.3])
+    patient = [*BEST, "early_stopping_steps=2", "save_strategy=steps", "save_total_limit=5"]
+    train(config(tmp_path / "a", *patient))
+    assert "early stop after step 8: eval_loss was best, 0.4, after step 4" in capsys.readouterr().out
+    assert rows(tmp_path / "a")[-1]["step"] == 8
+    train(config(tmp_path / "a", *patient, "resume_from_checkpoint=true"))
+    assert rows(tmp_path / "a")[-1]["step"] == 8
+
+
+def test_more_is_better_unless_the_name_ends_in_loss(tmp_path, monkeypatch):
+    """Accuracies rise and fall; the best is the highest, and with greater_is_better=false the lowest."""
+    for greater, step in (("null", 4), ("false", 2)):
+        coming = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.85])
+        monkeypatch.setattr(trainer, "evaluate", lambda *_, coming=coming: {"eval_rewards/accuracies": next(coming)})
+        cfg = config(
+            tmp_path / greater, *BEST, "metric_for_best_model=rewards/accuracies", f"greater_is_better={greater}"
+        )
+        train(cfg)
+        assert [path.name for path in checkpoints(tmp_path / greater)] == [f"checkpoint-{step}"]
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused_with_those_that_it_gives(tmp_path):
+    with pytest.raises(ValueError, match=r"metric_for_best_model=bleu: an evaluation gives loss, rewards/chosen, .*"):
+        train(config(tmp_path / "a", *BEST, "metric_for_best_model=bleu"))
+
+
+@pytest.mark.parametrize("key", ["load_best_model_at_end=true", "early_stopping_steps=2"])
+def test_what_needs_evaluations_is_refused_without(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"{key.partition('=')[0]}=.*: needs evaluations; set eval_strategy"):
+        train(config(tmp_path / "a", key))
