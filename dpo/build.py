@@ -56,8 +56,8 @@ def build_template(cfg: DictConfig) -> ChatTemplate:
 
 def build_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
     """Training and held-out rows, encoded."""
-    sources = [*sources_of(cfg, cfg.dataset, "train.jsonl"), *sources_of(cfg, cfg.eval_dataset, "eval.jsonl")]
-    return _through_token_cache(cfg, template, sources, partial(_make_rows, cfg, template))
+    train, held_out = (sources_of(cfg, cfg.dataset, "train.jsonl"), sources_of(cfg, cfg.eval_dataset, "eval.jsonl"))
+    return _through_token_cache(cfg, template, train, held_out, partial(_make_rows, cfg, template))
 
 
 def _make_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
@@ -87,7 +87,7 @@ def build_eval_rows(cfg: DictConfig, template: ChatTemplate) -> Rows:
         rows, bad = encode_all(examples, template, cutoff_len=cfg.cutoff_len, on_bad_row=cfg.on_bad_row)
         return Rows([], _as_the_loss_reads(cfg, rows), skipped + bad)
 
-    return _through_token_cache(cfg, template, sources_of(cfg, cfg.eval_dataset, "eval.jsonl"), make)
+    return _through_token_cache(cfg, template, [], sources_of(cfg, cfg.eval_dataset, "eval.jsonl"), make)
 
 
 # Keys that change the rows, beside the data's and the tokenizer's files. Whatever else does belongs here.
@@ -98,17 +98,19 @@ ROW_KEYS = (
 
 
 def _through_token_cache(
-    cfg: DictConfig, template: ChatTemplate, sources: Sequence[Source], make: Callable[[], Rows]
-) -> Rows:
+    cfg: DictConfig, template: ChatTemplate, train: Sequence[Source], held_out: Sequence[Source],
+    make: Callable[[], Rows],
+) -> Rows:  # fmt: skip
     """What `make` gives; with tokenized_path, only where it does not lie there."""
     if not cfg.tokenized_path:
         return make()
-    files = [path for source in sources for path in source.files]
+    files = [path for source in (*train, *held_out) for path in source.files]
     draws = cfg.get("val_size") or cfg.get("interleave_probs")
     values = {key: str(cfg.get(key)) for key in ROW_KEYS} | {
         "source": template.source,
         # Rows name their file in errors, and a registry says how its rows are read.
-        "sources": [repr(source) for source in sources],
+        # Which are trained on and which held out: the same files in the same order may be either.
+        "sources": [[repr(source) for source in sources] for sources in (train, held_out)],
         "kind": _row_kind(cfg),
         "mismatched": _reads_mismatched(cfg),
         "trains": "dataset" in cfg,

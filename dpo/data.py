@@ -61,6 +61,12 @@ def mix_order(
     under = strategy == "interleave_under"
     if probs is None:
         return [(d, i % n) for i in range((min if under else max)(lengths)) for d, n in enumerate(lengths)]
+    expected = (min if under else max)(n * sum(probs) / p for n, p in zip(lengths, probs, strict=True))
+    if expected > 100 * sum(lengths):
+        raise ValueError(
+            f"interleave_probs={list(probs)}: would draw about {expected:.0f} rows from {sum(lengths)}; make them more "
+            "alike"
+        )
     rng = random.Random(seed)
     given = [0] * len(lengths)
     order = []

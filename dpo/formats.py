@@ -154,11 +154,13 @@ def _dimensions(row: Row) -> dict[str, dict[str, float]] | None:
         return None
     if not isinstance(dimensions, dict):
         raise BadRow(f"dimensions must be an object, got {show(dimensions)}")
+    # A .parquet file has every dimension in every row.
+    dimensions = {name: scores for name, scores in dimensions.items() if scores is not None}
     for name, scores in dimensions.items():
         both = isinstance(scores, dict) and scores.keys() == {"chosen", "rejected"}
         if not both or not all(map(is_number, scores.values())):
             raise BadRow(f"dimensions: {name!r:.40} must be {{chosen: number, rejected: number}}, got {show(scores)}")
-    return dimensions
+    return dimensions or None
 
 
 # --- a prompt, and its responses beside it ---
@@ -170,7 +172,7 @@ def _prompt(row: Row, key: str) -> list[Message]:
     if key == "instruction":
         text = text_of(row, "instruction")
         # A blank line has no meaning here: LLaMA-Factory joins instruction and input by one newline.
-        text += "\n" + text_of(row, "input") if given(row, "input") else ""
+        text = "\n".join(filter(None, [text, text_of(row, "input") if given(row, "input") else ""]))
         return [*_history(row), {"role": "user", "content": text}]
     if key != "prompt" or isinstance(row["prompt"], list):
         return turns_of(row[key], key)

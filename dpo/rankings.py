@@ -76,7 +76,7 @@ def _scored(row: Row) -> tuple[str, list[str], list[float]]:
     if not isinstance(items, list) or not items:
         raise BadRow(f"{key} must be a list of responses, got {show(items)}")
     texts = [_text(item, f"{key}[{i}]") for i, item in enumerate(items)]
-    name = next((name for name in SCORES if isinstance(items[0], dict) and name in items[0]), None)
+    name = next((name for name in SCORES if isinstance(items[0], dict) and items[0].get(name) is not None), None)
     if name:
         scores: Any = [item.get(name) if isinstance(item, dict) else None for item in items]
         places = [f"{key}[{i}].{name}" for i in range(len(items))]

@@ -55,9 +55,14 @@ def with_mismatched(rows: Sequence[Encoded], cutoff_len: int) -> list[Encoded]:
             f"{rows[0].example.source}: kto estimates a KL from responses to other prompts, and all {len(rows)} rows "
             "have the same prompt; add rows, or use pref_loss=apo_zero_unpaired"
         )
-    result = []
-    for i, row in enumerate(rows):
-        other = next(rows[i - k] for k in range(1, len(rows)) if rows[i - k].prompt_ids != row.prompt_ids)
+    # The last row's own is looked for; each other row has its predecessor, or shares its predecessor's.
+    last = rows[-1]
+    other = next(row for row in reversed(rows) if row.prompt_ids != last.prompt_ids)
+    result, before = [], last
+    for row in rows:
+        if before.prompt_ids != row.prompt_ids:
+            other = before
+        before = row
         room = cutoff_len - len(row.prompt_ids)
         result.append(replace(row, response_ids=(row.response_ids[0], other.response_ids[0][:room])))
     return result

@@ -84,3 +84,25 @@ def test_a_split_by_prompt_holds_over_mixed_datasets(tmp_path, template):
     rows = build_rows(config("config", **given), template)
     assert not set(prompts(rows.train)) & set(prompts(rows.evaluation)) and rows.warnings == []
     assert len(rows.train) + len(rows.evaluation) == 12
+
+
+def test_a_token_cache_knows_what_is_trained_on_from_what_is_held_out(tmp_path, template):
+    """The same two files, once both to train on and once one of each."""
+    a, b = dataset(tmp_path, "a", *pairs("q1", "q2")), dataset(tmp_path, "b", *pairs("q3", "q4"))
+    shared = {"dataset_dir": tmp_path, "tokenized_path": tmp_path / "cache"}
+    both = build_rows(config("config", dataset=f"[{a},{b}]", eval_dataset="null", **shared), template)
+    apart = build_rows(config("config", dataset=a, eval_dataset=b, **shared), template)
+    assert (len(both.train), len(both.evaluation)) == (4, 0)
+    assert (prompts(apart.train), prompts(apart.evaluation)) == (["q1", "q2"], ["q3", "q4"])
+
+
+def test_probabilities_that_would_draw_for_ever_are_refused(tmp_path, template):
+    a, b = dataset(tmp_path, "a", *pairs("q1", "q2")), dataset(tmp_path, "b", *pairs("q3", "q4"))
+    cfg = config(
+        "config", dataset=f"[{a},{b}]", dataset_dir=tmp_path, eval_dataset="null", mix_strategy="interleave_over",
+        interleave_probs="[0.9999999,0.0000001]",
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"interleave_probs=\[0.9999999, 1e-07\]: would draw about 20000000 rows from 4;"
+    ):
+        build_rows(cfg, template)

@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line_with_what_was_given_and_the_rule(key):
         ("pref_bta: 0.2", "pref_bta=0.2: unknown key; did you mean pref_beta?"),
         ("lora_rank: 8.5", "lora_rank=8.5: expected a whole number"),
         ("lora_target: [q_proj, v_proj]", "lora_target=['q_proj', 'v_proj']: expected text"),
-        ("optim: sgd", "optim=sgd: is not done here; only optim=adamw_torch is accepted"),
+        ("adam_beta1: 0.5", "adam_beta1=0.5: is not done here; only adam_beta1=0.9 is accepted"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_refused_in_the_same_words(tmp_path, text, message):

@@ -141,3 +141,10 @@ def test_components_are_what_reaches_each_other(arrows):
     part = components(sorted(arrows))
     for a, b in product(part, repeat=2):
         assert (part[a] == part[b]) == ((a, b) in reach and (b, a) in reach)
+
+
+def test_texts_that_differ_in_signs_are_neither_duplicates_nor_contradictions():
+    """`3 > 2` and `3 < 2` have the same words."""
+    yes, no = "Yes, that holds.", "No, it does not."
+    checks = found(corpus_of(("Is 3 > 2?", yes, no), ("Is 3 < 2?", no, yes), ("Is 3 < 2?", no, yes)))
+    assert not checks["contradictions"].rows and list(checks["duplicates"].rows) == [2]

@@ -63,6 +63,7 @@ def test_words_do_not_run_from_one_prompt_into_the_next():
         ({"instruction": "hi", "output": "no"}, "hi"),
         ({"conversations": [{"from": "human", "value": "hi"}], "chosen": "no"}, "hi"),
         ({"prompt": [{"role": "user", "content": "hi"}]}, "hi"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "no"}]}, "hi"),
     ],
 )
 def test_prompts_of_a_benchmark(row, prompt, tmp_path):

@@ -395,3 +395,19 @@ def test_real_files_give_the_rows_that_the_readme_promises(real, row, given):
     assert (len(examples), len(bad), len(examples) + len(bad)) == (read, refused_rows, rows)
     assert {rule: sum(rule in line for line in bad) for rule in why} == why and sum(why.values()) == refused_rows
     assert len({e.source for e in examples}) == read
+
+
+def test_a_score_that_is_null_hides_none_and_a_dimension_that_is_null_is_none():
+    """As a .parquet file has them, whose rows all have every key."""
+    items = [{"response": text, "overall_score": None, "rating": n} for text, n in (("a", 3), ("b", 1))]
+    (example,) = examples_of({"prompt": "q", "completions": items}, "f:1", "dpo")
+    assert example.responses == ("a", "b")
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    both = {"x": {"chosen": 1, "rejected": 2}, "y": None}
+    assert examples_of(row | {"dimensions": both}, "f:1", "dpo")[0].dimensions == {"x": both["x"]}
+    assert examples_of(row | {"dimensions": {"y": None}}, "f:1", "dpo")[0].dimensions is None
+
+
+def test_an_empty_instruction_leaves_no_line_before_its_input():
+    row = {"instruction": "", "input": "What is up?", "chosen": "a", "rejected": "b"}
+    assert examples_of(row, "f:1", "dpo")[0].messages == ({"role": "user", "content": "What is up?"},)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from dpo.doctor.check import Check
+from dpo.doctor.structure import symbols
 from dpo.doctor.text import Corpus, Words, share
 
 WORDS_PER_SHINGLE, SIMILAR = 5, 0.8
@@ -173,7 +174,7 @@ def exact_duplicates(corpus: Corpus) -> Check:
     seen: dict[tuple[int, ...], int] = {}
     rows: dict[int, str] = {}
     for row, key in enumerate(edges(corpus)):
-        if key in seen:
+        if key in seen and _signs(corpus, row) == _signs(corpus, seen[key]):
             rows[row] = f"the same prompt and pair as {corpus.source(seen[key])}"
         seen.setdefault(key, row)
     return Check(
@@ -249,6 +250,12 @@ def edges(corpus: Corpus) -> list[tuple[int, int, int]]:
     return list(zip(corpus.prompts.tolist(), *sides, strict=True))
 
 
+def _signs(corpus: Corpus, row: int, swapped: bool = False) -> list[str]:
+    """What words leave out of a row's texts and formatting does not: `3 > 2` and `3 < 2`, vowel signs of Hindi."""
+    sides = [corpus.chosen[row], corpus.rejected[row]]
+    return [symbols(text) for text in (corpus.context[row], corpus.question[row], *sides[:: -1 if swapped else 1])]
+
+
 def contradictions(corpus: Corpus) -> Check:
     where: dict[tuple[int, int, int], int] = {}
     pairs = edges(corpus)
@@ -257,7 +264,9 @@ def contradictions(corpus: Corpus) -> Check:
     rows = {
         row: f"{corpus.source(where[prompt, rejected, chosen])} says the opposite"
         for row, (prompt, chosen, rejected) in enumerate(pairs)
-        if (prompt, rejected, chosen) in where and chosen != rejected
+        if (prompt, rejected, chosen) in where
+        and chosen != rejected
+        and _signs(corpus, row) == _signs(corpus, where[prompt, rejected, chosen], swapped=True)
     }
     return Check(
         "contradictions",

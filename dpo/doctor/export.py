@@ -54,8 +54,9 @@ def export_rows(
             if why:
                 row = {"source": source, "why": list(why), "row": None if isinstance(row, BadRow) else row}
             # Text as it is, unless it holds half a surrogate pair, which only an escape can write.
-            text = json.dumps(row, ensure_ascii=False)
-            text = text if text.isascii() or _has_utf8(text) else json.dumps(row)
+            # A .parquet file may hold dates and the like: as text.
+            text = json.dumps(row, ensure_ascii=False, default=str)
+            text = text if text.isascii() or _has_utf8(text) else json.dumps(row, default=str)
             (left_out if why else kept).write(text + "\n")
     return counts[0], counts[1]
 

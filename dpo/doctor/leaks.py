@@ -93,7 +93,11 @@ def prompt_text(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        turns = [turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else turn for turn in value]
+        turns = [
+            turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else turn
+            for turn in value
+            if not isinstance(turn, Mapping) or turn.get("from", turn.get("role")) not in ("assistant", "gpt")
+        ]
         return "\n".join(turns) if turns and all(isinstance(turn, str) for turn in turns) else None
     if isinstance(value, Mapping):
         key = next((key for key in PROMPT_KEYS if key in value), None)
