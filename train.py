@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 
 from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir, starts_at_its_reference
 from dpo.certificate import certify
-from dpo.checkpoint import find_checkpoint, save_result
+from dpo.checkpoint import find_checkpoint, load_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.evals import world_reward
 from dpo.preference import PreferenceObjective
-from dpo.run import RunDir, check_output_dir, check_resume, collect_sweep, write_results
+from dpo.run import Occupied, RunDir, check_output_dir, check_resume, collect_sweep, is_finished, write_results
 from dpo.signals import StopRequest
 from dpo.tokens import Encoded, print_cuts
 from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
@@ -37,6 +37,10 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 FAILED_JOBS: list[str] = []
 """Jobs of a sweep that ended in an error; the others run all the same."""
+
+
+STOPPED: list[int] = []
+"""The exit status of a signal that came after a job's last update: no further job begins."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -65,8 +69,11 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     except (ValueError, OSError) as error:
         FAILED_JOBS.append(str(number))
         print(f"error: job {number}: {error}", file=sys.stderr)
-        write_results(Path(cfg.output_dir), overrides, {}, error=str(error))
+        if cfg.overwrite_output_dir or not (isinstance(error, Occupied) or is_finished(Path(cfg.output_dir))):
+            write_results(Path(cfg.output_dir), overrides, {}, error=str(error))
     print(f"sweep: {collect_sweep(sweep_dir, last_job=number)}")
+    if STOPPED:
+        sys.exit(STOPPED[0])
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -108,6 +115,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 print(f"resumed after step {trainer.step}, from {checkpoint}")
+        elif checkpoint is not None:  # looked at, not continued: nothing of the run is removed
+            trainer.state = load_checkpoint(checkpoint, policy, trainer.optimizer, objective.state)
+            print(f"the policy after step {trainer.step}, from {checkpoint}")
         run_dir.write_config(cfg)
         run_dir.write_skipped(rows.skipped)
         if cfg.val_size and cfg.stage != "sft":
@@ -117,6 +127,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 metrics = trainer.train(stop)
             save_result(policy, path, **trainer.result)
             metrics |= report.show()
+            STOPPED.extend([stop.exit_status] if stop.signal else [])  # after the last update: the run is whole
         else:
             metrics = trainer.evaluate()
     print(f"run: {path}")

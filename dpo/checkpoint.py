@@ -120,11 +120,19 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [run_dir / f"checkpoint-{n}" for n in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
 
 
+def put_aside_after(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints beyond `step`, damaged ones too, of a run that goes back to it: it will write its own."""
+    for path in checkpoints(run_dir):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            names = (path.with_name(f"{path.name}.left-{i}") for i in range(1, 10**6))
+            path.rename(next(name for name in names if not name.exists()))
+
+
 def keep_newest(run_dir: Path, limit: int, keep: Path | None) -> None:
     """Remove all but the `limit` newest checkpoints of a run, and never `keep`, nor a damaged one."""
     for path in checkpoints(run_dir)[limit:]:
         if path != keep and damage(path) is None:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a link, or a directory that another process looks into, may stay
 
 
 def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
@@ -137,6 +145,10 @@ def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
         if fault := damage(path):
             raise ValueError(f"resume_from_checkpoint={path}: {fault}; name a whole checkpoint-N directory, or true")
         return path
+    for replaced in run_dir.glob("checkpoint-*.old"):  # of a process that was killed between two renames
+        target = replaced.with_name(replaced.name.removesuffix(".old"))
+        if not target.exists() and damage(replaced) is None:
+            replaced.rename(target)
     for path in checkpoints(run_dir):
         fault = damage(path)
         if fault is None:

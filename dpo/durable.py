@@ -40,7 +40,12 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
         replaced = target.with_name(target.name + ".old") if damage(target) is None else _free_name(target)
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    beside.rename(target)
+    try:
+        beside.rename(target)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(target)
+        raise
     _sync(target.parent)
     if replaced is not None and replaced.name.endswith(".old"):
         shutil.rmtree(replaced, ignore_errors=True)

@@ -15,6 +15,7 @@ results.json                 overrides and final metrics; a sweep collects them 
 import csv
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -43,12 +44,16 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 
 
+class Occupied(ValueError):
+    """output_dir holds a run that is to be left alone."""
+
+
 def check_output_dir(path: Path, *, overwrite: bool, resume: bool) -> None:
     """ValueError where output_dir is no directory, or holds a run that is neither to be overwritten nor resumed."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir={path}: is a file; name a directory")
     if (path / CONFIG).exists() and not (overwrite or resume):
-        raise ValueError(
+        raise Occupied(
             f"output_dir={path}: holds a run already; name another, or pass overwrite_output_dir=true or "
             "resume_from_checkpoint=true"
         )
@@ -135,6 +140,16 @@ class RunDir:
             self._tensorboard.close()
         self._tensorboard = _tensorboard_writer(self.path / "runs", purge_step=step + 1)
 
+    def last_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The last training row and the last evaluation of metrics.jsonl."""
+        path = self.path / METRICS
+        rows = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+        evaluations = [row for row in rows if any(key.startswith("eval_") for key in row)]
+        training = [row for row in rows if "learning_rate" in row]
+        last = {k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")} if evaluations else {}
+        return (training[-1] if training else {}), last
+
     def sync(self) -> None:
         """Have the disk hold every row of metrics.jsonl, as it must before it holds a later checkpoint."""
         if (self.path / METRICS).exists():
@@ -162,7 +177,7 @@ def _locked(path: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise ValueError(f"output_dir={path}: {holder} is training in it; wait for it, or name another") from None
+        raise Occupied(f"output_dir={path}: {holder} is training in it; wait for it, or name another") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -182,6 +197,12 @@ def write_results(run_dir: Path, overrides: dict[str, str], metrics: dict[str, f
     result = {"overrides": overrides, "metrics": json.loads(to_json(metrics))} | ({"error": error} if error else {})
     text = json.dumps(result, indent=2)
     (run_dir / RESULTS).write_text(text + "\n", encoding="utf-8")
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run ended here with metrics, which a later mistake in the same place may not replace."""
+    path = run_dir / RESULTS
+    return path.is_file() and "error" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 def collect_sweep(sweep_dir: Path, last_job: int) -> Path:

@@ -27,10 +27,12 @@ from dpo.checkpoint import (
     keep_newest,
     load_checkpoint,
     load_weights,
+    put_aside_after,
     save_checkpoint,
     trainable,
 )
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
+from dpo.durable import damage
 from dpo.formats import NUMBERS, Example
 from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
@@ -199,6 +201,7 @@ class Trainer:
         self.state = TrainerState(0, self.loss_scale.scale, 0, {})
         self.window = Means()
         self.failed_saves = 0
+        self.last: dict[str, float] = {}
         self.last_evaluation: dict[str, float] = {}
 
     @property
@@ -212,6 +215,12 @@ class Trainer:
         self.window = Means(self.state.window)
         self.loss_scale.scale, self.loss_scale.good_steps = self.state.loss_scale, self.state.good_steps
         self.run_dir.forget_after(self.step)
+        put_aside_after(self.run_dir.path, self.step)
+        self.last, self.last_evaluation = self.run_dir.last_metrics()
+        best = self._checkpoint_dir(self.state.best_step)
+        if self.cfg.load_best_model_at_end and self.state.best_step and (fault := damage(best)):
+            print(f"warning: {best}, the best so far, cannot be used ({fault})")
+            self.state.best, self.state.best_step = None, 0
         self._remove_old_checkpoints()  # of a run that was killed before it could
 
     def train(self, stop: StopRequest | None = None) -> dict[str, float]:
@@ -219,7 +228,7 @@ class Trainer:
 
         SystemExit with the signal's exit status, after a checkpoint, where `stop` heard one.
         """
-        last: dict[str, float] = {}
+        last = self.last
         clock = _Clock()
         total = self.plan.total_steps
         with tqdm(total=total, initial=self.step, disable=None, unit="step", dynamic_ncols=True) as bar:
@@ -235,12 +244,16 @@ class Trainer:
                 if self._due(self.cfg.logging_steps) or self.step == total:
                     last = self._log(rate, norm, clock, bar)
                     clock = _Clock()
-                improved = False
+                improved, before = False, (self.state.best, self.state.best_step)
                 if self.eval_rows and self._scheduled(self.cfg.eval_strategy, self.cfg.eval_steps, at_end=True):
-                    improved = self._compare_with_best(self.evaluate(bar))
+                    metrics = self.evaluate(bar)
+                    if self.cfg.load_best_model_at_end or self.cfg.early_stopping_steps:
+                        improved = self._compare_with_best(metrics)
                 save_best = improved and self.cfg.load_best_model_at_end
-                if save_best or self._scheduled(self.cfg.save_strategy, self.cfg.save_steps, at_end=False):
-                    self.save_checkpoint()
+                scheduled = self._scheduled(self.cfg.save_strategy, self.cfg.save_steps, at_end=False)
+                saved = (save_best or scheduled) and self.save_checkpoint()
+                if save_best and not saved:  # what is not there cannot be gone back to
+                    self.state.best, self.state.best_step = before
                 if stop is not None and stop.signal:
                     break
         if stop is not None and stop.signal and self.step < total:
@@ -250,6 +263,10 @@ class Trainer:
         if self.cfg.load_best_model_at_end and self.state.best_step not in (0, self.step):
             load_weights(self._checkpoint_dir(self.state.best_step), self.policy)
             print(f"the result is the policy after step {self.state.best_step}: {self._best()}")
+            # The metrics of a run are its result's.
+            self.last_evaluation = evaluate(
+                self.policy, self.objective, self.eval_rows, self.cfg.per_device_eval_batch_size
+            )
         return last | self.last_evaluation
 
     def _leave(self, stop: StopRequest) -> None:
@@ -424,6 +441,8 @@ class Trainer:
 
     def _best(self) -> str:
         name = self.cfg.metric_for_best_model.removeprefix("eval_")
+        if self.state.best is None:
+            return f"eval_{name} was never finite"
         return f"eval_{name} was best, {self.state.best:.4g}, after step {self.state.best_step}"
 
     def _checkpoint_dir(self, step: int) -> Path:

@@ -531,3 +531,15 @@ def test_what_is_usual_is_not_warned_about(default, values):
 
 def test_the_default_run_passes_without_a_warning(default):
     assert check(default) == []
+
+
+def test_no_file_that_is_read_is_written_over(default, tmp_path):
+    """The starting adapter's directory as output_dir; and data in a directory that is to be overwritten."""
+    adapter = changed(default, adapter_name_or_path=str(tmp_path), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=f"output_dir={tmp_path}: is adapter_name_or_path, whose files the result"):
+        check(adapter)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("")
+    cfg = changed(default, eval_dataset=str(held_out), output_dir=str(tmp_path), overwrite_output_dir=True)
+    with pytest.raises(ValueError, match=f"overwrite_output_dir=True: would delete eval_dataset={held_out}; name"):
+        check(cfg)

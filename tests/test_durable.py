@@ -155,3 +155,18 @@ def test_a_full_disk_leaves_the_one_before(tmp_path, limit):
     status = in_a_child(write)
     assert damage(tmp_path / "a") is None and [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (status, content(tmp_path / "a")) == ((0, "two") if limit >= 300 else (9, "one"))
+
+
+def test_a_rename_that_fails_leaves_what_stood_there(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a", fill("one"))
+    real = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        write_whole(tmp_path / "a", fill("two"))
+    assert content(tmp_path / "a") == "one"

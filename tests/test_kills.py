@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, undisturbed, cap
     broken.write_bytes(broken.read_bytes()[:-1])
     train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true"))
     assert f"{broken.parent} is damaged ({OPTIMIZER} is not what was written) and is" in capsys.readouterr().out
-    assert rows(tmp_path / "a") == rows(undisturbed[0]) and (tmp_path / "a" / "checkpoint-6.damaged-1").is_dir()
+    assert rows(tmp_path / "a") == rows(undisturbed[0]) and (tmp_path / "a" / "checkpoint-6.left-1").is_dir()
     (tmp_path / "a" / "checkpoint-12" / OPTIMIZER).unlink()
     with pytest.raises(ValueError, match=r"checkpoint-12: optimizer.safetensors is missing; name a whole checkpoint-N"):
         train(config(tmp_path / "a", *RUN, f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-12'}"))
@@ -272,8 +272,9 @@ BEST = [*RUN, "eval_steps=2", "save_strategy=no", "save_total_limit=1", "load_be
 
 def test_the_best_evaluation_is_kept_and_is_the_result(tmp_path, monkeypatch, capsys):
     """Best after step 4 of 12; its checkpoint outlives save_total_limit=1."""
-    with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.45, 0.7, 0.41])
-    train(config(tmp_path / "a", *BEST))
+    with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.45, 0.7, 0.41, 0.4001])
+    metrics = train(config(tmp_path / "a", *BEST))
+    assert metrics["eval_loss"] == 0.4001  # measured again, of the policy that is saved
     assert "the result is the policy after step 4: eval_loss was best, 0.4, after step 4" in capsys.readouterr().out
     assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-4"]
     kept = read_tensors(tmp_path / "a" / "checkpoint-4" / "adapter_model.safetensors")
@@ -294,7 +295,7 @@ def test_training_stops_when_its_patience_is_over_and_a_resume_does_not_go_on(tm
 def test_more_is_better_unless_the_name_ends_in_loss(tmp_path, monkeypatch):
     """Accuracies rise and fall; the best is the highest, and with greater_is_better=false the lowest."""
     for greater, step in (("null", 4), ("false", 2)):
-        coming = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.85])
+        coming = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.85, 0.9])
         monkeypatch.setattr(trainer, "evaluate", lambda *_, coming=coming: {"eval_rewards/accuracies": next(coming)})
         cfg = config(
             tmp_path / greater, *BEST, "metric_for_best_model=rewards/accuracies", f"greater_is_better={greater}"
@@ -312,3 +313,42 @@ def test_a_metric_that_no_evaluation_gives_is_refused_with_those_that_it_gives(t
 def test_what_needs_evaluations_is_refused_without(tmp_path, key):
     with pytest.raises(ValueError, match=rf"{key.partition('=')[0]}=.*: needs evaluations; set eval_strategy"):
         train(config(tmp_path / "a", key))
+
+
+# --- going back, and looking ---
+
+
+def test_a_run_that_goes_back_puts_aside_what_it_leaves(tmp_path):
+    """Checkpoints beyond the one resumed from are of another branch: not the newest, and not deleted."""
+    train(config(tmp_path / "a", *RUN, "max_steps=6", "save_total_limit=null"))
+    again = ["max_steps=5", "save_steps=1", "save_total_limit=1"]
+    train(config(tmp_path / "a", *RUN, *again, f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-2'}"))
+    left = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*"))
+    assert left == ["checkpoint-4.left-1", "checkpoint-5", "checkpoint-6.left-1"]
+
+
+def test_an_evaluation_of_a_checkpoint_is_of_its_policy(tmp_path):
+    train(config(tmp_path / "a", *RUN, "save_steps=4"))
+    evaluations = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "a") if "eval_loss" in row}
+    assert len(set(evaluations.values())) == 3
+    looked = config(tmp_path / "a", *RUN, "do_train=false", f"resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-4'}")
+    assert train(looked)["eval_loss"] == pytest.approx(evaluations[4])
+
+
+def test_a_run_that_had_only_its_end_to_come_ends_with_the_same_metrics(tmp_path):
+    first = train(config(tmp_path / "a", *RUN))
+    assert train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true")) == pytest.approx(first)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
+    with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.55, 0.7, 0.52, 0.6])
+    real = trainer.save_checkpoint
+
+    def full(target, *arguments, **result):
+        if target.name == "checkpoint-4":
+            raise OSError("No space left on device")
+        real(target, *arguments, **result)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    train(config(tmp_path / "a", *BEST))
+    assert checkpoints(tmp_path / "a")[0].name == "checkpoint-6"  # 0.5 was best among those that are there

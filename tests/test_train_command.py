@@ -97,6 +97,11 @@ def test_a_sweep_has_a_directory_per_job_and_one_results_csv(tmp_path):
     assert [(row["job"], row["pref_beta"]) for row in table] == [("0", "0.05"), ("1", "0.5")]
     for row in table:
         assert float(row["loss"]) == metrics(tmp_path / row["job"])[-1]["loss"]
+    # Once more in the same place: refused, and what lies there stays.
+    written = (tmp_path / "results.csv").read_text()
+    again = run("train.py", "-m", "pref_beta=0.05,0.5", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null")
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert (tmp_path / "results.csv").read_text() == written
 
 
 @pytest.mark.slow
