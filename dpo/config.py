@@ -296,7 +296,6 @@ def _check_training(cfg: DictConfig) -> list[str]:
     for key in ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters"):
         if cfg.overwrite_output_dir and cfg[key] and _lies_in(cfg[key], cfg.output_dir):
             raise ValueError(f"overwrite_output_dir=True: would delete {key}={cfg[key]}; name another output_dir")
-    for key in ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters"):
         if cfg[key] and Path(cfg[key]).resolve() == Path(cfg.output_dir).resolve():
             raise ValueError(
                 f"output_dir={cfg.output_dir}: is {key}, whose files the result would replace; name another"

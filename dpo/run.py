@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dpo.digests import write_beside
 from dpo.formats import NUMBERS, Example
 from dpo.metrics import to_json
 from models.command import read_config_file
@@ -133,9 +134,7 @@ class RunDir:
         if path.exists():
             # A line without its end was cut short by a crash.
             rows = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
-            beside = path.with_name(f"{METRICS}.tmp")
-            beside.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
-            os.replace(beside, path)
+            write_beside(path, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._tensorboard = _tensorboard_writer(self.path / "runs", purge_step=step + 1)

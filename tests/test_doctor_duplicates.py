@@ -148,3 +148,11 @@ def test_texts_that_differ_in_signs_are_neither_duplicates_nor_contradictions():
     yes, no = "Yes, that holds.", "No, it does not."
     checks = found(corpus_of(("Is 3 > 2?", yes, no), ("Is 3 < 2?", no, yes), ("Is 3 < 2?", no, yes)))
     assert not checks["contradictions"].rows and list(checks["duplicates"].rows) == [2]
+
+
+def test_a_repeated_row_is_found_behind_one_that_differs_in_signs():
+    rows = [("Compute 8 + 2", "It is 10.", "No."), ("Compute 8 = 2", "It is 10.", "No.")]
+    checks = found(corpus_of(*rows, *rows))
+    assert checks["duplicates"].rows == {
+        2: "the same prompt and pair as rows.jsonl:1", 3: "the same prompt and pair as rows.jsonl:2"
+    }  # fmt: skip

@@ -171,12 +171,15 @@ def clusters(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
 
 
 def exact_duplicates(corpus: Corpus) -> Check:
-    seen: dict[tuple[int, ...], int] = {}
+    seen: dict[tuple[int, ...], list[int]] = {}  # rows of the same words, no two of the same signs
     rows: dict[int, str] = {}
     for row, key in enumerate(edges(corpus)):
-        if key in seen and _signs(corpus, row) == _signs(corpus, seen[key]):
-            rows[row] = f"the same prompt and pair as {corpus.source(seen[key])}"
-        seen.setdefault(key, row)
+        others = seen.setdefault(key, [])
+        same = next((other for other in others if _signs(corpus, row) == _signs(corpus, other)), None)
+        if same is None:
+            others.append(row)
+        else:
+            rows[row] = f"the same prompt and pair as {corpus.source(same)}"
     return Check(
         "duplicates",
         "Does every row say something new?",
