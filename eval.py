@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
 from dpo.config import EvalConfig, check
+from dpo.objective import evaluate
 from dpo.tokens import print_cuts
-from dpo.trainer import evaluate
 from models.command import one_line_errors, prepare_command_line
 from models.weights import choose_device
 

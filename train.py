@@ -20,11 +20,13 @@ from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, load_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.evals import world_reward
+from dpo.objective import Objective, to_stream
 from dpo.preference import PreferenceObjective
 from dpo.run import Occupied, RunDir, check_output_dir, check_resume, collect_sweep, is_finished, write_results
+from dpo.sft import SFTObjective
 from dpo.signals import StopRequest
 from dpo.tokens import Encoded, print_cuts
-from dpo.trainer import Objective, SFTObjective, Trainer, to_stream
+from dpo.trainer import Trainer
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
 from models.sampling import DRAWN

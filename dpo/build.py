@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 from dpo.config import as_list, preference_loss_of
 from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, trained_prompts
 from dpo.formats import Example
+from dpo.plan import Plan
 from dpo.preference import PreferenceObjective
 from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
 from dpo.reference_cache import cached_reference
 from dpo.sources import Source, find_dataset
 from dpo.token_cache import cached_rows
 from dpo.tokens import Encoded, Rows, encode_all
-from dpo.trainer import Plan
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.config import read_model_config
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inject_lora, load_adapter, read_adapter_config

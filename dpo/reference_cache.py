@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo.digests import DIGESTS, digest, write_beside
+from dpo.objective import to_stream
 from dpo.reference import Reference
 from dpo.tokens import Encoded
-from dpo.trainer import to_stream
 from models.stream import Stream
 
 # To be raised with every change to models/ or dpo/logprobs.py that moves a log-probability by more than rounding, or

@@ -10,11 +10,9 @@ Shapes: P pairs, R response tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -33,135 +31,15 @@ from dpo.checkpoint import (
 )
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
 from dpo.durable import damage
-from dpo.formats import NUMBERS, Example
-from dpo.logprobs import token_logps
 from dpo.metrics import Means, one_line
+from dpo.objective import Objective, evaluate, to_stream
 from dpo.optim import LossScale, build_optimizer, clip_gradients, learning_rate_at
+from dpo.plan import Plan, cut
 from dpo.postmortem import write_postmortem
 from dpo.run import RunDir
 from dpo.signals import StopRequest
 from dpo.tokens import Encoded
-from models.stream import Stream, pack
 from models.transformer import Transformer
-
-
-class Objective(Protocol):
-    """What is trained: what is measured of rows, their losses, and what is reported of them."""
-
-    couples: bool
-    """whether a row's loss depends on the others of its logical batch."""
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """What it carries from one update to the next, by name, changed in place; a checkpoint holds it."""
-
-    def updated(self, step: int) -> None:
-        """Called after update `step`, counted from 1."""
-
-    def check(self, rows: Iterable[Encoded]) -> None:
-        """ValueError for a row that carries a number which is not honoured."""
-
-    def units(self, rows: Sequence[Encoded]) -> int:
-        """What a batch's loss is the mean over: its pairs, or its response tokens."""
-
-    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Any:
-        """What the losses read of some rows of a logical batch, with gradient."""
-
-    def losses(self, measured: Any) -> Tensor:
-        """One loss per unit."""
-
-    def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
-        """Detached numbers per unit, by name."""
-
-
-class SFTObjective:
-    """Negative log-likelihood of every response token, nats; its mean over tokens is the loss."""
-
-    couples = False
-    state: Mapping[str, Tensor] = {}
-
-    def updated(self, step: int) -> None:
-        pass
-
-    def check(self, rows: Iterable[Encoded]) -> None:
-        for row in (row for row in rows if row.has_numbers):
-            for key in NUMBERS:
-                value = getattr(row.example, key)
-                if value != getattr(Example, key):  # the default, which changes nothing
-                    raise ValueError(
-                        f"{row.example.source}: {key}={value}: stage=sft cannot honour it; remove it from the rows"
-                    )
-
-    def units(self, rows: Sequence[Encoded]) -> int:
-        return sum(sum(row.lengths) for row in rows)
-
-    def measure(self, policy: Transformer, stream: Stream, rows: Sequence[Encoded], batch: Sequence[Encoded]) -> Tensor:
-        return token_logps(policy, stream)
-
-    def losses(self, measured: Tensor) -> Tensor:
-        return -measured
-
-    def metrics(self, measured: Tensor, losses: Tensor) -> dict[str, Tensor]:
-        return {"loss": losses}
-
-
-def evaluate(policy: Transformer, objective: Objective, rows: Sequence[Encoded], batch_size: int) -> dict[str, float]:
-    """Means over all rows, under `eval_` names; `eval_runtime` is in seconds."""
-    start = time.perf_counter()
-    means = Means()
-    policy.eval()
-    # By length: rows of one batch then share their attention's padding. The order cannot change a mean.
-    ordered = sorted(rows, key=lambda row: row.tokens)
-    with torch.no_grad():
-        parts = [
-            objective.measure(policy, to_stream(part, policy.device), part, ordered)
-            for part in _cut(ordered, batch_size)
-        ]
-        # A loss that couples rows is computed on all of them at once.
-        for measured in [joined(parts)] if objective.couples else parts:
-            means.add(objective.metrics(measured, objective.losses(measured)))
-    return means.means("eval_") | {"eval_runtime": round(time.perf_counter() - start, 3)}
-
-
-def _cut(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def to_stream(rows: Sequence[Encoded], device: torch.device) -> Stream:
-    return pack([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(device)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many updates a run makes of how many rows, and which rows each takes."""
-
-    rows: int
-    batch: int
-    """rows of a logical batch; an epoch's last may be smaller."""
-    steps_per_epoch: int
-    total_steps: int
-    seed: int
-    shuffle: bool
-
-    @classmethod
-    def of(cls, cfg: DictConfig, rows: int) -> "Plan":
-        batch = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(rows / batch)
-        # Rounded up as Hugging Face's trainer does; 0.5 epochs of 7 steps are 4.
-        total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(steps_per_epoch * cfg.num_train_epochs)
-        return cls(rows, batch, steps_per_epoch, total, cfg.seed, not cfg.disable_shuffling)
-
-    def indices(self, step: int) -> list[int]:
-        """The rows of update `step`, counted from 0: a function of seed and step alone, so a resume needs no replay."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.rows, self.seed, epoch) if self.shuffle else range(self.rows)
-        return list(order[within * self.batch : (within + 1) * self.batch])
-
-
-@lru_cache(maxsize=1)
-def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-
 
 MOST_SKIPPED = 3
 MOST_FAILED_SAVES = 3
@@ -318,10 +196,11 @@ class Trainer:
         """The gradient of the batch's mean loss, micro-batch by micro-batch."""
         self.policy.train()
         torch.manual_seed(self._dropout_seed)
-        cut = _cut(batch, self.cfg.per_device_train_batch_size)
-        gradients = self._coupled_gradients(batch, cut) if self.objective.couples and len(cut) > 1 else None
+        micro_batches = cut(batch, self.cfg.per_device_train_batch_size)
+        coupled = self.objective.couples and len(micro_batches) > 1
+        gradients = self._coupled_gradients(batch, micro_batches) if coupled else None
         start = 0
-        for rows in cut:
+        for rows in micro_batches:
             if stop is not None and stop.signal:
                 raise Interrupted
             stream = to_stream(rows, self.policy.device)
@@ -368,10 +247,12 @@ class Trainer:
         self.window.add(self.objective.metrics(measured, losses))
         return losses.sum() / self.objective.units(batch)
 
-    def _coupled_gradients(self, batch: Sequence[Encoded], cut: Sequence[Sequence[Encoded]]) -> Measured:
+    def _coupled_gradients(self, batch: Sequence[Encoded], micro_batches: Sequence[Sequence[Encoded]]) -> Measured:
         """d mean loss / d log-probability of the whole batch, for a loss that couples its rows; see dpo.coupled."""
         with torch.no_grad():
-            parts = [self.objective.measure(self.policy, to_stream(r, self.policy.device), r, batch) for r in cut]
+            parts = [
+                self.objective.measure(self.policy, to_stream(r, self.policy.device), r, batch) for r in micro_batches
+            ]
         gradients = logp_gradients(joined(parts), lambda whole: self._share_of_loss(whole, batch, batch))
         torch.manual_seed(self._dropout_seed)  # so that the second time drops what the first did
         return gradients

@@ -9,10 +9,10 @@ import torch
 from dpo.certificate import certify
 from dpo.data import read_examples
 from dpo.losses import OFF, PREF_LOSSES
+from dpo.objective import to_stream
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import base_reference, frozen_reference
 from dpo.tokens import encode
-from dpo.trainer import to_stream
 from dpo.unpaired import UnpairedObjective
 from models.lora import inject_lora
 from models.template import ChatTemplate

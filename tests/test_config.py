@@ -102,7 +102,7 @@ def sources(*files: str) -> str:
 
 # The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
-    "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "train.py")),
+    "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "dpo/plan.py", "train.py")),
     "eval": (EvalConfig, ("dpo/build.py", "eval.py")),
 }
 

@@ -8,8 +8,8 @@ import torch
 from dpo.data import read_examples
 from dpo.fused import fused_logps
 from dpo.logprobs import sum_over_responses, token_logps
+from dpo.objective import to_stream
 from dpo.tokens import encode
-from dpo.trainer import to_stream
 from models.stream import pack
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer

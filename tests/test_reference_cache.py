@@ -20,10 +20,10 @@ from dpo.build import WORLD
 from dpo.config import EvalConfig, check
 from dpo.formats import Example
 from dpo.metrics import TIMING_KEYS
+from dpo.objective import to_stream
 from dpo.reference_cache import cached_reference, reference_key
 from dpo.run import check_resume
 from dpo.tokens import Encoded
-from dpo.trainer import to_stream
 from eval import preference
 from models.command import expand_arguments
 from train import sweep_job, train

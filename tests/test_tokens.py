@@ -9,9 +9,10 @@ import torch
 from dpo.data import read_examples
 from dpo.formats import BadRow, Example
 from dpo.losses import OFF, PREF_LOSSES
+from dpo.objective import to_stream
 from dpo.preference import PreferenceObjective, preference_loss
+from dpo.sft import SFTObjective
 from dpo.tokens import Encoded, encode, encode_all, encode_batch, print_cuts
-from dpo.trainer import SFTObjective, to_stream
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.stream import Stream
 from models.template import ChatTemplate, Message

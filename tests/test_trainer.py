@@ -22,10 +22,13 @@ from dpo.checkpoint import trainable
 from dpo.formats import Example
 from dpo.losses import OFF, PREF_LOSSES, PrefLoss
 from dpo.metrics import TIMING_KEYS
+from dpo.objective import Objective, evaluate
+from dpo.plan import Plan
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import frozen_reference
+from dpo.sft import SFTObjective
 from dpo.tokens import Encoded
-from dpo.trainer import Objective, Plan, SFTObjective, Trainer, _Clock, evaluate
+from dpo.trainer import Trainer, _Clock
 from dpo.unpaired import UnpairedObjective
 from models.config import parse_model_config
 from models.lora import inject_lora

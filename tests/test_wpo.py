@@ -10,9 +10,9 @@ import torch
 from test_preference import built
 from test_trainer import random_rows, small_model
 
+from dpo.objective import to_stream
 from dpo.preference import PreferenceObjective
 from dpo.reference import frozen_reference
-from dpo.trainer import to_stream
 from dpo.wpo import wpo_weights
 
 

@@ -35,10 +35,11 @@ from torch import Tensor
 from dpo.doctor.check import Check
 from dpo.formats import Example
 from dpo.losses import OFF
+from dpo.objective import to_stream
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.run import RunDir
 from dpo.tokens import Encoded
-from dpo.trainer import Trainer, to_stream
+from dpo.trainer import Trainer
 from models.lora import adapter_tensors, inject_lora, snapshot
 from models.stream import Stream
 from models.transformer import Transformer

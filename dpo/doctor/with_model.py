@@ -31,8 +31,8 @@ from dpo.doctor.check import Check
 from dpo.doctor.flips import flipped_labels
 from dpo.formats import BadRow, Example
 from dpo.fused import fused_logps
+from dpo.objective import to_stream
 from dpo.tokens import Encoded, encode
-from dpo.trainer import to_stream
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
