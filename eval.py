@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
 from dpo.config import EvalConfig, check
 from dpo.objective import evaluate
-from dpo.tokens import print_cuts
+from dpo.tokens import describe_cuts
 from models.command import one_line_errors, prepare_command_line
 from models.weights import choose_device
 
@@ -36,8 +36,7 @@ def preference(cfg: DictConfig) -> dict[str, float]:
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_eval_rows(cfg, template)
-    print(f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped")
-    print_cuts(rows.evaluation)
+    print("\n".join([f"rows: {len(rows.evaluation)}, {len(rows.skipped)} skipped", *describe_cuts(rows.evaluation)]))
     objective, description = new_objective(cfg), "none"
     objective.check(rows.evaluation)
     policy = build_finished_policy(cfg, device)

@@ -19,19 +19,23 @@ from dpo.build import build_objective, build_policy, build_rows, build_template,
 from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, load_checkpoint, save_result
 from dpo.config import TrainConfig, check
+from dpo.diagnostics import Facts
 from dpo.evals import world_reward
 from dpo.objective import Objective, to_stream
+from dpo.plan import Plan
 from dpo.preference import PreferenceObjective
+from dpo.reference import Reference
+from dpo.reference_cache import live_reference
+from dpo.report import write_report
 from dpo.run import Occupied, RunDir, check_output_dir, check_resume, collect_sweep, is_finished, write_results
+from dpo.samples import Samples, prompt_of
 from dpo.sft import SFTObjective
 from dpo.signals import StopRequest
-from dpo.tokens import Encoded, print_cuts
-from dpo.trainer import Trainer
+from dpo.step_log import StepLog
+from dpo.tokens import Rows, describe_cuts
+from dpo.trainer import Probe, Trainer
 from models.command import one_line_errors, prepare_command_line
-from models.generate import generate
-from models.sampling import DRAWN
 from models.template import ChatTemplate
-from models.transformer import Transformer
 from models.weights import choose_device
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -80,8 +84,9 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """One run, from config to saved result; returns its final metrics."""
+    say = Said()
     for warning in check(cfg):
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     path = Path(cfg.output_dir)
     resume = str(cfg.resume_from_checkpoint or "false").lower() != "false"
     check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
@@ -91,32 +96,39 @@ def train(cfg: DictConfig) -> dict[str, float]:
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_rows(cfg, template)
-    print_rows(rows.train, rows.evaluation, rows.skipped)
-    for warning in rows.warnings:
-        print(f"warning: {warning}")
+    for line in describe_rows(rows):
+        say(line)
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":
         objective.check(chain(rows.train, rows.evaluation))
     else:
         objective, description = build_objective(cfg, policy, rows)
-        print(f"reference: {description}")
+        say(f"reference: {description}")
 
     # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
     with RunDir(path, overwrite=cfg.overwrite_output_dir, resume=resume) as run_dir:
         source_dir = model_dir(cfg.model_name_or_path)
-        trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir)
+        reference, facts = None, None
+        if isinstance(objective, PreferenceObjective):
+            reference, loss = objective.reference, objective.loss
+            total = Plan.of(cfg, len(rows.train)).total_steps
+            facts = Facts(loss.beta, loss.needs_reference, loss.start(), total, len(rows.evaluation))
+        probes = probes_of(cfg, template, rows, reference, run_dir.samples)
+        trainer = Trainer(
+            cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir, probes=probes, facts=facts
+        )
         if cfg.do_train:
-            print_warnings(cfg, trainer)
+            for warning in useless_settings(cfg, trainer):
+                say(f"warning: {warning}")
             if checkpoint is None and isinstance(objective, PreferenceObjective):
                 first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
                 stream = to_stream(first, device)
                 same = starts_at_its_reference(cfg)
-                print(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
-            report = Report(cfg, policy, template, rows.evaluation or rows.train)
+                say(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
             if checkpoint is not None:
                 trainer.resume(checkpoint)
-                print(f"resumed after step {trainer.step}, from {checkpoint}")
+                say(f"resumed after step {trainer.step}, from {checkpoint}")
         elif checkpoint is not None:  # looked at, not continued: nothing of the run is removed
             trainer.state = load_checkpoint(checkpoint, policy, trainer.optimizer, objective.state)
             print(f"the policy after step {trainer.step}, from {checkpoint}")
@@ -125,10 +137,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if cfg.val_size and cfg.stage != "sft":
             run_dir.write_held_out([row.example for row in rows.evaluation])
         if cfg.do_train:
-            with StopRequest() as stop:
-                metrics = trainer.train(stop)
-            save_result(policy, path, **trainer.result)
-            metrics |= report.show()
+            try:
+                with StopRequest() as stop:
+                    metrics = trainer.train(stop)
+                save_result(policy, path, **trainer.result)
+            except BaseException as error:
+                why = "stopped by a signal" if isinstance(error, SystemExit) else str(error)
+                report(trainer, say, ended=f"It ended early: {why}.")
+                raise
+            report(trainer, say, ended="It came to its end.")
+            print_before_and_after(trainer)
             STOPPED.extend([stop.exit_status] if stop.signal else [])  # after the last update: the run is whole
         else:
             metrics = trainer.evaluate()
@@ -136,72 +154,87 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def print_warnings(cfg: DictConfig, trainer: Trainer) -> None:
-    """What the length of the run makes useless."""
-    total = trainer.plan.total_steps
+class Said(list[str]):
+    """Lines that were printed, for the report."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+        print(line, flush=True)
+
+
+def useless_settings(cfg: DictConfig, trainer: Trainer) -> list[str]:
+    """What the length of the run makes useless, a line each."""
+    total, useless = trainer.plan.total_steps, []
     if trainer.warmup_steps >= total:
-        print(
-            f"warning: {trainer.warmup_steps} steps of warm-up in a run of {total}: learning_rate is never reached; "
+        useless.append(
+            f"{trainer.warmup_steps} steps of warm-up in a run of {total}: learning_rate is never reached; "
             "lower warmup_steps or warmup_ratio"
         )
     if cfg.sync_ref_model and cfg.ref_model_sync_steps >= total:
-        print(
-            f"warning: ref_model_sync_steps={cfg.ref_model_sync_steps} in a run of {total}: the reference does not "
+        useless.append(
+            f"ref_model_sync_steps={cfg.ref_model_sync_steps} in a run of {total}: the reference does not "
             "move before the last update; lower it"
         )
+    return useless
 
 
-def print_rows(train: Sequence[Encoded], evaluation: Sequence[Encoded], skipped: Sequence[str]) -> None:
+def describe_rows(rows: Rows) -> list[str]:
     """What the data came to: rows, tokens, and everything that was cut, dropped or skipped."""
-    tokens = sum(row.tokens for row in train)
-    print(f"rows: {len(train)} to train on ({tokens} tokens), {len(evaluation)} held out, {len(skipped)} skipped")
-    print_cuts(chain(train, evaluation))
+    tokens = sum(row.tokens for row in rows.train)
+    return [
+        f"rows: {len(rows.train)} to train on ({tokens} tokens), {len(rows.evaluation)} held out, "
+        f"{len(rows.skipped)} skipped",
+        *describe_cuts(chain(rows.train, rows.evaluation)),
+        *(f"warning: {warning}" for warning in rows.warnings),
+    ]
 
 
-class Report:
-    """Before and after: sampled responses to held-out prompts and, on the built-in world, the expected gold reward."""
+def probes_of(
+    cfg: DictConfig, template: ChatTemplate, rows: Rows, reference: Reference | None, log: StepLog
+) -> list[Probe]:
+    """What is measured of the policy beside the held-out rows: its answers and, on the built-in world, its gold reward.
 
-    def __init__(self, cfg: DictConfig, policy: Transformer, template: ChatTemplate, rows: Sequence[Encoded]):
-        self.policy, self.template = policy, template
-        self.max_new_tokens, self.seed = cfg.max_new_tokens, cfg.seed
-        # Not read where nothing is shown of them: they may be many.
-        shows = cfg.num_samples or cfg.eval_dataset == "world"
-        distinct = {row.example.messages[-1]["content"]: row for row in rows} if shows else {}
-        # Spread over the file: neighbours are often variations of one another.
-        self.shown = [list(distinct.values())[i * len(distinct) // cfg.num_samples] for i in range(cfg.num_samples)]
-        # Every third: enough for two digits, and a third of the time of enumerating every grammar.
-        self.world_prompts = list(distinct)[::3] if cfg.eval_dataset == "world" else []
-        self.before = self._responses()
-        self.reward_before = self._world_score()
-
-    def _responses(self) -> list[str]:
-        prompts = [row.prompt_ids for row in self.shown]
-        self.policy.eval()
-        # Draws, because the most likely response hides what the policy does most of the time; the same seed before and
-        # after, so that what differs is the policy.
-        answers = generate(
-            self.policy, prompts, samples=1, max_new_tokens=self.max_new_tokens, stop_ids=self.template.stop_ids,
-            sampling=DRAWN, seeds=range(self.seed, self.seed + len(prompts)), batch_size=8,
+    Of its prompts every third: enough for two digits, and a third of the time of enumerating every grammar.
+    """
+    probes: list[Probe] = []
+    asked = rows.evaluation or rows.train
+    if cfg.num_samples:
+        probes.append(
+            Samples(
+                asked, template, live_reference(reference), log, number=cfg.num_samples,
+                max_new_tokens=cfg.max_new_tokens, seed=cfg.seed,
+            )
         )  # fmt: skip
-        return [self.template.tokenizer.decode(answer.ids).strip() for answer in answers]
+    if cfg.eval_dataset == "world":
+        probes.append(world_reward.probe(template, list({prompt_of(row): None for row in asked})[::3]))
+    return probes
 
-    def _world_score(self) -> world_reward.WorldScore | None:
-        if not self.world_prompts:
-            return None
-        return world_reward.score(self.policy, self.template, self.world_prompts)
 
-    def show(self) -> dict[str, float]:
-        """Print before and after; returns the gold reward's metrics."""
-        for row, before, after in zip(self.shown, self.before, self._responses(), strict=True):
-            print(f"\nprompt: {row.example.messages[-1]['content']}\n  before: {before}\n  after:  {after}")
-        print()
-        old, new = self.reward_before, self._world_score()
-        if old is None or new is None:
-            return {}
-        print(f"expected gold reward on {len(self.world_prompts)} held-out prompts, exact by enumeration")
-        print(f"  before: {old.expected_reward:.3f} (probability outside the grammar {old.mass_outside:.3f})")
-        print(f"  after:  {new.expected_reward:.3f} (probability outside the grammar {new.mass_outside:.3f})")
-        return {"gold_reward_before": old.expected_reward, "gold_reward": new.expected_reward}
+def report(trainer: Trainer, said: Sequence[str], ended: str) -> None:
+    """Write report.md; that it cannot be written is no reason to lose a run."""
+    step, total = trainer.step, trainer.plan.total_steps
+    ended += f" {step} of {total} updates were made; the result is the policy after {trainer.result_step}."
+    alarms = trainer.watch.diagnosis.alarms.values() if trainer.watch.diagnosis else ()
+    notes = {"Start": "\n".join(said)}
+    try:
+        path = write_report(trainer.run_dir, notes, alarms, ended, draw=trainer.cfg.plot_loss)
+        print(f"report: {path}")
+    except OSError as error:
+        print(f"warning: report.md could not be written ({error})")
+
+
+def print_before_and_after(trainer: Trainer) -> None:
+    """The first answers and the gold reward, before the first update and of the result."""
+    for probe in trainer.probes:
+        if isinstance(probe, Samples):
+            probe.print_before_and_after(trainer.result_step)
+    golds = [row for row in trainer.run_dir.logged() if "eval_gold_reward" in row]
+    before, after = ([row for row in golds if row["step"] == step][-1:] for step in (0, trainer.result_step))
+    if before and after:
+        print("expected gold reward on held-out prompts, exact by enumeration")
+        for name, (row,) in (("before:", before), ("after: ", after)):
+            outside = row["eval_mass_outside"]
+            print(f"  {name} {row['eval_gold_reward']:.3f} (probability outside the grammar {outside:.3f})")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, tr
 from dpo.formats import Example
 from dpo.plan import Plan
 from dpo.preference import PreferenceObjective
-from dpo.reference import MovingReference, Reference, base_reference, frozen_reference, snapshot_reference
+from dpo.reference import (
+    LiveReference,
+    MovingReference,
+    Reference,
+    base_reference,
+    frozen_reference,
+    snapshot_reference,
+)
 from dpo.reference_cache import cached_reference
 from dpo.sources import Source, find_dataset
 from dpo.token_cache import cached_rows
@@ -221,7 +228,7 @@ def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[R
         description = f"the policy as it starts, moved by {alpha:g} towards it every {steps} updates"
         return MovingReference(policy, alpha=alpha, sync_steps=steps), description
     adapter = cfg.ref_model_adapters
-    build: Callable[[], Reference]
+    build: Callable[[], LiveReference]
     another_model = _is_another_model(cfg) or cfg.finetuning_type == "full"
     if another_model:
         build, description = partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
@@ -235,7 +242,7 @@ def build_reference(cfg: DictConfig, policy: Transformer, rows: Rows) -> tuple[R
 
 
 def _through_cache(
-    cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded], build: Callable[[], Reference], *,
+    cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded], build: Callable[[], LiveReference], *,
     adapter: str | None, loads_model: bool,
 ) -> Reference:  # fmt: skip
     """What `build` makes; with ref_cache_dir, only where a row is missing there. adapter: the reference's own."""
@@ -270,7 +277,7 @@ def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
 
 def build_finished_reference(cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded]) -> tuple[Reference, str]:
     """The reference of an evaluation: the one that is named, else the policy's base model."""
-    build: Callable[[], Reference] = partial(base_reference, policy)
+    build: Callable[[], LiveReference] = partial(base_reference, policy)
     description = "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
     another_model = _is_another_model(cfg)
     if another_model:
@@ -291,7 +298,7 @@ def _is_another_model(cfg: DictConfig) -> bool:
     return bool(cfg.ref_model_adapters or (cfg.ref_model and model_dir(cfg.ref_model).resolve() != base.resolve()))
 
 
-def _frozen_copy(cfg: DictConfig, policy: Transformer) -> Reference:
+def _frozen_copy(cfg: DictConfig, policy: Transformer) -> LiveReference:
     directory = model_dir(cfg.ref_model or cfg.model_name_or_path)
     model = load_model(directory, dtype=choose_dtype(cfg.bf16, cfg.fp16), device=policy.device)
     if cfg.ref_model_adapters:

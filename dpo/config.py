@@ -108,6 +108,7 @@ class TrainConfig(SharedConfig):
     gradient_checkpointing: bool = MISSING
     logging_steps: int = MISSING
     eval_strategy: str = MISSING
+    eval_on_start: bool = MISSING
     eval_steps: int = MISSING
     save_strategy: str = MISSING
     save_steps: int = MISSING
@@ -119,6 +120,7 @@ class TrainConfig(SharedConfig):
     output_dir: str = MISSING
     overwrite_output_dir: bool = MISSING
     resume_from_checkpoint: str | None = MISSING
+    plot_loss: bool = MISSING
     num_samples: int = MISSING
     max_new_tokens: int = MISSING
 

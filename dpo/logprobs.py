@@ -33,17 +33,18 @@ def _log_softmax(hidden_RD: Tensor, head_weight_VD: Tensor) -> Tensor:
 
 def token_logps(model: Transformer, stream: Stream) -> Tensor:
     """(R,) log pi of every response token of the stream, in its order; gradients flow to the model's trainables."""
-    return fused_logps(_predictors(model, stream), model.head_weight_VD, stream.target_R)
+    return fused_logps(predictors(model, stream), model.head_weight_VD, stream.target_R)
 
 
 def token_logps_and_log_sum_sq(model: Transformer, stream: Stream) -> tuple[Tensor, Tensor]:
     """token_logps, and (R,) log sum_v pi(v)^2 at the same positions, without gradient."""
-    return fused_logps_and_log_sum_sq(_predictors(model, stream), model.head_weight_VD, stream.target_R)
+    return fused_logps_and_log_sum_sq(predictors(model, stream), model.head_weight_VD, stream.target_R)
 
 
-def _predictors(model: Transformer, stream: Stream) -> Tensor:
+def predictors(model: Transformer, stream: Stream) -> Tensor:
+    """(R, D) the hidden states that predict the stream's response tokens."""
     hidden_TD = model(stream)
-    # The head runs on the positions that predict a response token, and on no other.
+    # The head runs on these and on no other.
     return hidden_TD.index_select(0, stream.predictor_R)
 
 

@@ -12,8 +12,6 @@ kl                                  kto's estimate of KL(policy || reference), n
 Of unpaired rows chosen means desirable and rejected undesirable.
 """
 
-import json
-import math
 from typing import Any
 
 import torch
@@ -69,8 +67,3 @@ def one_line(metrics: dict[str, float]) -> str:
     """A metrics.jsonl object as one short line for a terminal."""
     shown = {k: v for k, v in metrics.items() if k not in ("step", "epoch", "tokens_per_second")}
     return "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-
-
-def to_json(metrics: dict[str, float]) -> str:
-    # JSON has no Infinity or NaN (fp16's first, skipped steps have no finite gradient norm).
-    return json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()})

@@ -1,7 +1,7 @@
 """An objective: what is measured of rows, their losses, what is reported of them; and its means over a whole split."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,24 +43,37 @@ class Objective(Protocol):
     def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
         """Detached numbers per unit, by name."""
 
+    def margins(self, measured: Any) -> Tensor | None:
+        """One number per row, above 0 where the policy agrees with its label; None where rows have no label."""
+
+
+Saw = Callable[[Sequence[Encoded], Tensor, Tensor | None], None]
+
 
 def to_stream(rows: Sequence[Encoded], device: torch.device) -> Stream:
     return pack([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(device)
 
 
-def evaluate(policy: Transformer, objective: Objective, rows: Sequence[Encoded], batch_size: int) -> dict[str, float]:
-    """Means over all rows, under `eval_` names; `eval_runtime` is in seconds."""
+def evaluate(
+    policy: Transformer, objective: Objective, rows: Sequence[Encoded], batch_size: int, saw: Saw = lambda *_: None
+) -> dict[str, float]:
+    """Means over all rows, under `eval_` names; `eval_runtime` is in seconds.
+
+    saw: called with rows, their losses and their margins.
+    """
     start = time.perf_counter()
     means = Means()
     policy.eval()
     # By length: rows of one batch then share their attention's padding. The order cannot change a mean.
     ordered = sorted(rows, key=lambda row: row.tokens)
     with torch.no_grad():
-        parts = [
-            objective.measure(policy, to_stream(part, policy.device), part, ordered)
-            for part in cut(ordered, batch_size)
-        ]
+        batches = cut(ordered, batch_size)
+        parts = [objective.measure(policy, to_stream(part, policy.device), part, ordered) for part in batches]
         # A loss that couples rows is computed on all of them at once.
-        for measured in [joined(parts)] if objective.couples else parts:
-            means.add(objective.metrics(measured, objective.losses(measured)))
+        if objective.couples:
+            batches, parts = [ordered], [joined(parts)]
+        for part, measured in zip(batches, parts, strict=True):
+            losses = objective.losses(measured)
+            means.add(objective.metrics(measured, losses))
+            saw(part, losses, objective.margins(measured))
     return means.means("eval_") | {"eval_runtime": round(time.perf_counter() - start, 3)}

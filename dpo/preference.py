@@ -365,14 +365,22 @@ class PreferenceObjective:
             return None
         return self.dynamic_beta(pairs.chosen_logratios, pairs.rejected_logratios)
 
-    def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
-        pairs: Pairs = measured
+    def margins(self, measured: Any) -> Tensor | None:
+        chosen, rejected = self._reward_ratios(measured)
+        return self.loss.beta * (chosen - rejected).detach()
+
+    def _reward_ratios(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """What beta makes rewards of."""
         chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
         if self.reference is None and any(loss.per_token for loss, _ in self.loss.losses):
             # Without a reference the reward is beta log pi, and of a loss on means, beta times the mean.
-            chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+            return chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+        return chosen, rejected
+
+    def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
+        pairs: Pairs = measured
         metrics = {"loss": losses} | preference_metrics(
-            pairs.chosen_logps, pairs.rejected_logps, chosen, rejected, beta=self.loss.beta
+            pairs.chosen_logps, pairs.rejected_logps, *self._reward_ratios(pairs), beta=self.loss.beta
         )
         beta = self._margin_beta(pairs)
         return metrics if beta is None else metrics | {"beta": beta.expand_as(losses)}

@@ -10,7 +10,9 @@ stream's rows too, for dpo.reference_cache, which looks them up.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,27 +28,45 @@ Reference = Callable[[Stream, Sequence[Encoded]], Tensor]
 """(stream, the rows it was packed from) -> (R,) log pi_ref of its response tokens, nats."""
 
 
-def base_reference(policy: Transformer) -> Reference:
+class LiveReference:
+    """A reference whose model is in memory."""
+
+    def __init__(self, model: Transformer, as_it: Callable[[], AbstractContextManager[None]] = nullcontext):
+        """as_it: within it `model` computes as the reference."""
+        self.model, self.as_it = model, as_it
+
+    @contextmanager
+    def as_model(self) -> Iterator[Transformer]:
+        """The reference as a model, without gradient; and without dropout, or it would move under the policy's feet."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.as_it():
+                yield self.model
+        finally:
+            self.model.train(training)
+
+    def __call__(self, stream: Stream, rows: Sequence[Encoded] = ()) -> Tensor:
+        with self.as_model() as model:
+            return token_logps(model, stream)
+
+
+def base_reference(policy: Transformer) -> LiveReference:
     """The policy without its adapter."""
-
-    def compute(stream: Stream) -> Tensor:
-        with adapters_disabled(policy):
-            return token_logps(policy, stream)
-
-    return _evaluating(policy, compute)
+    return LiveReference(policy, partial(adapters_disabled, policy))
 
 
-def snapshot_reference(policy: Transformer) -> Reference:
+def snapshot_reference(policy: Transformer) -> LiveReference:
     """The policy with its adapter as it is now, whatever becomes of it later."""
-    return _with_adapter(policy, snapshot(policy))
+    return LiveReference(policy, partial(using_adapter, policy, snapshot(policy)))
 
 
-def frozen_reference(model: Transformer) -> Reference:
+def frozen_reference(model: Transformer) -> LiveReference:
     """Another model, which nobody trains."""
-    return _evaluating(model, lambda stream: token_logps(model, stream))
+    return LiveReference(model)
 
 
-class MovingReference:
+class MovingReference(LiveReference):
     """The policy as it is now, moved towards what it becomes: ref <- alpha policy + (1 - alpha) ref.
 
     TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): alpha below 1 is the paper's soft update, 1 its hard one. What
@@ -63,14 +83,11 @@ class MovingReference:
         """what moves, by the names of the policy's trained weights; changed in place."""
         if lora_layers(policy):
             self.tensors = snapshot(policy)
-            self._compute = _with_adapter(policy, self.tensors)
+            super().__init__(policy, partial(using_adapter, policy, self.tensors))
         else:
             model = copy.deepcopy(policy).requires_grad_(False)
             self.tensors = dict(model.named_parameters())
-            self._compute = frozen_reference(model)
-
-    def __call__(self, stream: Stream, rows: Sequence[Encoded] = ()) -> Tensor:
-        return self._compute(stream, rows)
+            super().__init__(model)
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -78,28 +95,3 @@ class MovingReference:
         if step % self.sync_steps == 0:
             for name, weight in trainable(self.policy).items():
                 self.tensors[name].lerp_(weight, self.alpha)
-
-
-def _with_adapter(policy: Transformer, adapter: Mapping[str, Tensor]) -> Reference:
-    """The policy with these adapter tensors."""
-
-    def compute(stream: Stream) -> Tensor:
-        with using_adapter(policy, adapter):
-            return token_logps(policy, stream)
-
-    return _evaluating(policy, compute)
-
-
-def _evaluating(model: Transformer, compute: Callable[[Stream], Tensor]) -> Reference:
-    """Without gradient and without dropout: a reference that drops units would move under the policy's feet."""
-
-    def reference(stream: Stream, rows: Sequence[Encoded] = ()) -> Tensor:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return compute(stream)
-        finally:
-            model.train(training)
-
-    return reference

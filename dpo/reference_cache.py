@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dpo.digests import DIGESTS, digest, write_beside
 from dpo.objective import to_stream
-from dpo.reference import Reference
+from dpo.reference import LiveReference, Reference
 from dpo.tokens import Encoded
 from models.stream import Stream
 
@@ -47,12 +47,12 @@ PART_ROWS = 4096
 
 def cached_reference(
     cache_dir: Path, files: Sequence[Path], dtype: torch.dtype, rows: Sequence[Encoded],
-    build: Callable[[], Reference], *, device: torch.device, batch_size: int, loads_model: bool,
-) -> Reference:  # fmt: skip
+    build: Callable[[], LiveReference], *, device: torch.device, batch_size: int, loads_model: bool,
+) -> "CachedReference":  # fmt: skip
     """The reference of `rows`, read or computed; it knows no other rows. A line says how many were found.
 
-    files: what the reference is read from. build: makes the live one, and is called only where a row is missing.
-    loads_model: whether that loads a model which the run does not hold anyway.
+    files: what the reference is read from. build: makes the live one. loads_model: whether that loads a model which the
+    run does not hold anyway; it is then called only where a row is missing.
     """
     folder = cache_dir / reference_key(files, dtype, cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,22 +60,37 @@ def cached_reference(
     logps = read_parts(folder, wanted)
     missing = {key: row for key, row in wanted.items() if key not in logps}
     start = time.perf_counter()
-    if missing:
-        logps |= _compute(build(), missing, folder, device, batch_size)
+    live = build() if missing or not loads_model else None
+    if live and missing:
+        logps |= _compute(live, missing, folder, device, batch_size)
     seconds = time.perf_counter() - start
     print(
         f"reference cache: {len(wanted) - len(missing)} of {len(wanted)} rows found, {len(missing)} computed in "
         f"{seconds:.1f} s{', the model was not loaded' if loads_model and not missing else ''} ({cache_dir})"
     )
 
-    def reference(stream: Stream, rows: Sequence[Encoded]) -> Tensor:
-        return torch.cat([logps[row.key] for row in rows]).to(stream.target_R.device)
+    return CachedReference(logps, None if loads_model else live)
 
-    return reference
+
+class CachedReference:
+    """The log-probabilities of known rows; `live` is their model where the run holds it anyway."""
+
+    def __init__(self, logps: Mapping[str, Tensor], live: LiveReference | None):
+        self.logps, self.live = logps, live
+
+    def __call__(self, stream: Stream, rows: Sequence[Encoded]) -> Tensor:
+        return torch.cat([self.logps[row.key] for row in rows]).to(stream.target_R.device)
+
+
+def live_reference(reference: Reference | None) -> LiveReference | None:
+    """The reference as a model in memory, where it is one."""
+    if isinstance(reference, CachedReference):
+        return reference.live
+    return reference if isinstance(reference, LiveReference) else None
 
 
 def _compute(
-    live: Reference, missing: Mapping[str, Encoded], folder: Path, device: torch.device, batch_size: int
+    live: LiveReference, missing: Mapping[str, Encoded], folder: Path, device: torch.device, batch_size: int
 ) -> dict[str, Tensor]:
     """{row key: (R,)} of all missing rows, which are written to `folder` part by part."""
     logps: dict[str, Tensor] = {}

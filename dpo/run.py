@@ -1,7 +1,10 @@
 """The run directory: what a run leaves behind, and where.
 
 config.yaml                  the resolved config
+report.md, curves.png        what it came to, to read (dpo.report)
 metrics.jsonl                one object per logged step and evaluation
+ledger.jsonl                 loss and margin of every row whenever it was seen (dpo.watch)
+samples.jsonl                answers to fixed prompts at every evaluation (dpo.samples)
 runs/                        TensorBoard events (extra `log`)
 skipped_rows.txt             rows left out under on_bad_row=skip, a line each
 held_out.jsonl               the rows that val_size held out
@@ -19,28 +22,29 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dpo.digests import write_beside
 from dpo.formats import NUMBERS, Example
-from dpo.metrics import to_json
+from dpo.step_log import StepLog, to_json
 from models.command import read_config_file
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.weights import WEIGHTS
 
-CONFIG, METRICS, RESULTS, HELD_OUT = "config.yaml", "metrics.jsonl", "results.json", "held_out.jsonl"
+CONFIG, RESULTS, HELD_OUT = "config.yaml", "results.json", "held_out.jsonl"
+METRICS, LEDGER, SAMPLES = "metrics.jsonl", "ledger.jsonl", "samples.jsonl"
 LOCK = "run.lock"
 
 
 # Keys that a resumed run may change: where, how often and how much it reports, saves and evaluates, and how long it is.
 FREE_ON_RESUME = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "device", "eval_dataset",
-    "per_device_eval_batch_size", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "max_steps", "num_train_epochs", "num_samples", "max_new_tokens", "ref_cache_dir", "tokenized_path",
+    "per_device_eval_batch_size", "logging_steps", "eval_on_start", "eval_strategy", "eval_steps", "save_strategy",
+    "save_steps",
+    "max_steps", "num_train_epochs", "plot_loss", "num_samples", "max_new_tokens", "ref_cache_dir", "tokenized_path",
     "save_total_limit", "load_best_model_at_end", "early_stopping_steps",
 })  # fmt: skip
 
@@ -83,12 +87,14 @@ class RunDir:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(path)
+        self.metrics, self.ledger, self.samples = (StepLog(path / name) for name in (METRICS, LEDGER, SAMPLES))
         if overwrite and not resume and (path / CONFIG).exists():
             self._remove_earlier_run()
         self._tensorboard = _tensorboard_writer(path / "runs")
 
     def _remove_earlier_run(self) -> None:
-        for name in (METRICS, RESULTS, HELD_OUT, "skipped_rows.txt", ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
+        logs, texts = (METRICS, LEDGER, SAMPLES), ("skipped_rows.txt", "report.md", "curves.png")
+        for name in (*logs, *texts, RESULTS, HELD_OUT, ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS):
             (self.path / name).unlink(missing_ok=True)
         for path in self.path.glob("postmortem-*.json"):
             path.unlink()
@@ -117,10 +123,13 @@ class RunDir:
                 }
                 file.write(json.dumps(row) + "\n")
 
+    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to ledger.jsonl."""
+        self.ledger.append(rows)
+
     def log(self, metrics: dict[str, float]) -> None:
         """Append one object to metrics.jsonl and to TensorBoard, there as train/NAME or eval/NAME."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(to_json(metrics) + "\n")
+        self.metrics.append([metrics])
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
@@ -129,31 +138,29 @@ class RunDir:
             self._tensorboard.flush()
 
     def forget_after(self, step: int) -> None:
-        """Remove the rows of metrics.jsonl that a resume from `step` will write again."""
-        path = self.path / METRICS
-        if path.exists():
-            # A line without its end was cut short by a crash.
-            rows = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
-            write_beside(path, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())
+        """Remove what a resume from `step` will write again."""
+        for log in (self.metrics, self.ledger, self.samples):
+            log.forget_after(step)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._tensorboard = _tensorboard_writer(self.path / "runs", purge_step=step + 1)
 
     def last_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
         """The last training row and the last evaluation of metrics.jsonl."""
-        path = self.path / METRICS
-        rows = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
-        evaluations = [row for row in rows if any(key.startswith("eval_") for key in row)]
+        rows = self.logged()
+        evaluations = [row for row in rows if is_evaluation(row)]
         training = [row for row in rows if "learning_rate" in row]
         last = {k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")} if evaluations else {}
         return (training[-1] if training else {}), last
 
+    def logged(self) -> list[dict[str, float]]:
+        """Every row of metrics.jsonl."""
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in self.metrics.rows()]
+
     def sync(self) -> None:
-        """Have the disk hold every row of metrics.jsonl, as it must before it holds a later checkpoint."""
-        if (self.path / METRICS).exists():
-            with open(self.path / METRICS, "rb") as file:
-                os.fsync(file.fileno())
+        """Have the disk hold every line of the logs, as it must before it holds a later checkpoint."""
+        for log in (self.metrics, self.ledger, self.samples):
+            log.sync()
 
     def __enter__(self) -> "RunDir":
         return self
@@ -165,6 +172,11 @@ class RunDir:
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._lock.close()
+
+
+def is_evaluation(row: Mapping[str, float]) -> bool:
+    """Whether a row of metrics.jsonl is an evaluation's, or else of training."""
+    return any(key.startswith("eval_") for key in row)
 
 
 def _locked(path: Path) -> IO[str]:

@@ -40,3 +40,6 @@ class SFTObjective:
 
     def metrics(self, measured: Tensor, losses: Tensor) -> dict[str, Tensor]:
         return {"loss": losses}
+
+    def margins(self, measured: Tensor) -> None:
+        return None

@@ -142,16 +142,17 @@ def encode_all(
     return encoded, bad
 
 
-def print_cuts(rows: Iterable[Encoded]) -> None:
+def describe_cuts(rows: Iterable[Encoded]) -> list[str]:
     """One line of what cutoff_len took of the rows; none where it took nothing."""
     shortened, cut = 0, Counter[str]()
     for row in rows:
         shortened += row.dropped_turns > 0
         if any(row.cut):
             cut.update(side for side, was_cut in zip(sides(row), row.cut, strict=True) if was_cut)
-    if shortened or cut:
-        counts = ", ".join(f"{count} {side}".removesuffix(" response") for side, count in sorted(cut.items())) or "0"
-        print(f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {counts}")
+    if not (shortened or cut):
+        return []
+    counts = ", ".join(f"{count} {side}".removesuffix(" response") for side, count in sorted(cut.items())) or "0"
+    return [f"cutoff_len: {shortened} rows lost old turns; responses cut at their end: {counts}"]
 
 
 def sides(row: Encoded) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ Shapes: P pairs, R response tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,21 @@ from dpo.checkpoint import (
     trainable,
 )
 from dpo.coupled import Measured, joined, logp_gradients, with_gradients
+from dpo.diagnostics import Facts
 from dpo.durable import damage
 from dpo.metrics import Means, one_line
 from dpo.objective import Objective, evaluate, to_stream
 from dpo.optim import LossScale, build_optimizer, clip_gradients, learning_rate_at
 from dpo.plan import Plan, cut
 from dpo.postmortem import write_postmortem
-from dpo.run import RunDir
+from dpo.run import RunDir, is_evaluation
 from dpo.signals import StopRequest
 from dpo.tokens import Encoded
+from dpo.watch import Watch
 from models.transformer import Transformer
+
+Probe = Callable[[Transformer, int], dict[str, float]]
+"""(policy, updates made) -> numbers under `eval_` names, without changing the policy."""
 
 MOST_SKIPPED = 3
 MOST_FAILED_SAVES = 3
@@ -62,7 +68,9 @@ class Trainer:
     def __init__(
         self, cfg: DictConfig, policy: Transformer, objective: Objective,
         train_rows: Sequence[Encoded], eval_rows: Sequence[Encoded], run_dir: RunDir, source_dir: Path,
+        probes: Sequence[Probe] = (), facts: Facts | None = None,
     ):  # fmt: skip
+        """probes: measured of the policy at every evaluation and before the first update; facts: see dpo.watch."""
         self.cfg = cfg
         self.policy = policy
         self.train_rows, self.eval_rows = train_rows, eval_rows
@@ -77,7 +85,10 @@ class Trainer:
             "source_dir": source_dir, "lora_dropout": cfg.lora_dropout,
         }  # fmt: skip
         self.state = TrainerState(0, self.loss_scale.scale, 0, {})
-        self.window = Means()
+        self.watch = Watch(run_dir, facts)
+        self.probes = probes
+        self.measured_at: int | None = None
+        """the step of the newest evaluation."""
         self.failed_saves = 0
         self.last: dict[str, float] = {}
         self.last_evaluation: dict[str, float] = {}
@@ -87,14 +98,20 @@ class Trainer:
         """Updates made."""
         return self.state.step
 
+    @property
+    def result_step(self) -> int:
+        """The updates that the result has seen."""
+        return self.state.best_step if self.cfg.load_best_model_at_end and self.state.best_step else self.step
+
     def resume(self, source: Path) -> None:
         """Continue from a checkpoint-N directory."""
         self.state = load_checkpoint(source, self.policy, self.optimizer, self.objective.state)
-        self.window = Means(self.state.window)
         self.loss_scale.scale, self.loss_scale.good_steps = self.state.loss_scale, self.state.good_steps
         self.run_dir.forget_after(self.step)
+        self.watch.resume(self.state.window)
         put_aside_after(self.run_dir.path, self.step)
         self.last, self.last_evaluation = self.run_dir.last_metrics()
+        self.measured_at = max((int(row["step"]) for row in self.run_dir.logged() if is_evaluation(row)), default=None)
         best = self._checkpoint_dir(self.state.best_step)
         if self.cfg.load_best_model_at_end and self.state.best_step and (fault := damage(best)):
             print(f"warning: {best}, the best so far, cannot be used ({fault})")
@@ -109,6 +126,8 @@ class Trainer:
         last = self.last
         clock = _Clock()
         total = self.plan.total_steps
+        if self.step == 0:
+            self._begin()
         with tqdm(total=total, initial=self.step, disable=None, unit="step", dynamic_ncols=True) as bar:
             while self.step < total and not self._patience_is_over():
                 batch = [self.train_rows[i] for i in self.plan.indices(self.step)]
@@ -123,8 +142,9 @@ class Trainer:
                     last = self._log(rate, norm, clock, bar)
                     clock = _Clock()
                 improved, before = False, (self.state.best, self.state.best_step)
-                if self.eval_rows and self._scheduled(self.cfg.eval_strategy, self.cfg.eval_steps, at_end=True):
-                    metrics = self.evaluate(bar)
+                measures = bool(self.eval_rows or self.probes)
+                if measures and self._scheduled(self.cfg.eval_strategy, self.cfg.eval_steps, at_end=True):
+                    metrics = self.evaluate()
                     if self.cfg.load_best_model_at_end or self.cfg.early_stopping_steps:
                         improved = self._compare_with_best(metrics)
                 save_best = improved and self.cfg.load_best_model_at_end
@@ -138,14 +158,25 @@ class Trainer:
             self._leave(stop)
         if self._patience_is_over():
             print(f"early stop after step {self.step}: {self._best()}")
-        if self.cfg.load_best_model_at_end and self.state.best_step not in (0, self.step):
+        if self.result_step != self.step:
             load_weights(self._checkpoint_dir(self.state.best_step), self.policy)
             print(f"the result is the policy after step {self.state.best_step}: {self._best()}")
             # The metrics of a run are its result's.
-            self.last_evaluation = evaluate(
+            then = [row for row in self.run_dir.logged() if is_evaluation(row) and row["step"] == self.state.best_step]
+            probed = {k: v for k, v in then[-1].items() if k.startswith("eval_")} if then else {}
+            self.last_evaluation = probed | evaluate(
                 self.policy, self.objective, self.eval_rows, self.cfg.per_device_eval_batch_size
             )
+        elif self.probes and self.measured_at != self.step:
+            self._log_evaluation({}, self._probe())
         return last | self.last_evaluation
+
+    def _begin(self) -> None:
+        """What is measured of the policy before the first update."""
+        if self.cfg.eval_on_start and self.eval_rows:
+            self.evaluate()
+        elif self.probes:
+            self._log_evaluation({}, self._probe())
 
     def _leave(self, stop: StopRequest) -> None:
         """Save and exit, as the signal asks."""
@@ -168,7 +199,7 @@ class Trainer:
             self.step, learning_rate=self.cfg.learning_rate, lr_scheduler_type=self.cfg.lr_scheduler_type,
             warmup_steps=self.warmup_steps, total_steps=self.plan.total_steps,
         )  # fmt: skip
-        window = self.window.copy()
+        mark = self.watch.mark()
         try:
             self._accumulate(batch, clock, stop)
             usable = self.loss_scale.unscale(self.parameters)
@@ -176,11 +207,11 @@ class Trainer:
             if usable and not torch.isfinite(norm):
                 raise NonFinite("gradient", batch)
         except NonFinite as fault:
-            self.window = window
+            self.watch.back_to(mark)
             self._skip(fault, batch)
             return rate, torch.tensor(math.nan)
         except Interrupted:
-            self.window = window
+            self.watch.back_to(mark)
             self.optimizer.zero_grad(set_to_none=True)
             raise
         if usable:
@@ -228,7 +259,7 @@ class Trainer:
         bundle = self.run_dir.path / f"postmortem-{self.step + 1}.json"
         write_postmortem(
             bundle, step=self.step + 1, what=fault.what, rows=fault.rows, batch=batch, policy=self.policy,
-            objective=self.objective, metrics=self.window.means(),
+            objective=self.objective, metrics=self.watch.window.means(),
         )  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         raise ValueError(
@@ -244,7 +275,8 @@ class Trainer:
             # A loss per token, as SFT's, does not say which row.
             per_row = len(losses) == len(rows)
             raise NonFinite("loss", [row for row, ok in zip(rows, finite, strict=True) if not ok] if per_row else rows)
-        self.window.add(self.objective.metrics(measured, losses))
+        self.watch.window.add(self.objective.metrics(measured, losses))
+        self.watch.saw(self.step + 1, "train", rows, losses, self.objective.margins(measured))
         return losses.sum() / self.objective.units(batch)
 
     def _coupled_gradients(self, batch: Sequence[Encoded], micro_batches: Sequence[Sequence[Encoded]]) -> Measured:
@@ -279,27 +311,41 @@ class Trainer:
         return {"step": self.step, "epoch": round(self.step / self.plan.steps_per_epoch, 4)}
 
     def _log(self, rate: float, norm: Tensor, clock: "_Clock", bar: tqdm) -> dict[str, float]:
-        means = self.window.means()
+        means = self.watch.window.means()
         # Every update of the window may have been skipped.
         loss = means.pop("loss", math.nan)
         metrics = self._position() | {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
         metrics |= ({"skipped_steps": self.state.skipped} if self.state.skipped else {}) | means | clock.rates()
-        self.run_dir.log(metrics)
-        self.window = Means()
-        shown = {k: v for k, v in metrics.items() if k in ("loss", "rewards/accuracies", "rewards/margins")}
-        bar.set_postfix_str(one_line(shown))
+        self.watch.window = Means()
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_second")
+        bar.set_postfix_str(one_line({k: v for k, v in metrics.items() if k in shown}))
         if bar.disable:
-            print(f"step {self.step}/{self.plan.total_steps}  {one_line(metrics)}", flush=True)
+            left = clock.seconds / clock.updates * (self.plan.total_steps - self.step)
+            print(f"{self._place()}  {one_line(metrics)}  time_left {tqdm.format_interval(left)}", flush=True)
+        self.watch.log(metrics, tqdm.write)
         return metrics
 
-    def evaluate(self, bar: tqdm | None = None) -> dict[str, float]:
-        """Metrics of the held-out rows, logged."""
-        metrics = evaluate(self.policy, self.objective, self.eval_rows, self.cfg.per_device_eval_batch_size)
-        self.run_dir.log(self._position() | metrics)
-        write = tqdm.write if bar is not None and not bar.disable else print
-        write(f"step {self.step}/{self.plan.total_steps}  {one_line(metrics)}")
-        self.last_evaluation = metrics
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the held-out rows and of the probes, logged."""
+        metrics: dict[str, float] = {}
+        if self.eval_rows:
+            saw = partial(self.watch.saw, self.step, "eval")
+            metrics = evaluate(self.policy, self.objective, self.eval_rows, self.cfg.per_device_eval_batch_size, saw)
+        return self._log_evaluation(metrics, self._probe())
+
+    def _probe(self) -> dict[str, float]:
+        return {name: value for probe in self.probes for name, value in probe(self.policy, self.step).items()}
+
+    def _log_evaluation(self, of_rows: dict[str, float], of_probes: dict[str, float]) -> dict[str, float]:
+        for metrics in filter(None, (of_rows, of_probes)):
+            tqdm.write(f"{self._place()}  {one_line(metrics)}")
+        metrics = of_rows | of_probes
+        self.watch.log(self._position() | metrics, tqdm.write)
+        self.last_evaluation, self.measured_at = metrics, self.step
         return metrics
+
+    def _place(self) -> str:
+        return f"step {self.step}/{self.plan.total_steps}"
 
     def _compare_with_best(self, metrics: dict[str, float]) -> bool:
         """Whether this evaluation is the best so far, which is remembered."""
@@ -334,7 +380,8 @@ class Trainer:
 
         A disk that is full or gone is said, and training goes on: the third time in a row is an error.
         """
-        self.state.window = self.window.state()
+        self.watch.flush()
+        self.state.window = self.watch.window.state()
         self.state.loss_scale, self.state.good_steps = self.loss_scale.scale, self.loss_scale.good_steps
         target = self._checkpoint_dir(self.step)
         try:
@@ -363,10 +410,11 @@ class _Clock:
     """Pairs and tokens per second of updates since the last log; evaluation and saving do not count."""
 
     def __init__(self) -> None:
-        self.seconds, self.pairs, self.tokens = 0.0, 0, 0
+        self.seconds, self.updates, self.pairs, self.tokens = 0.0, 0, 0, 0
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
+        self.updates += 1
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self.start

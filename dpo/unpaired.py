@@ -106,6 +106,9 @@ class UnpairedObjective(PreferenceObjective):
         )
         return measured.weight * total
 
+    def margins(self, measured: Any) -> Tensor | None:
+        return self.loss.beta * measured.logratios.detach() * (2 * measured.desirable - 1)
+
     def metrics(self, measured: Any, losses: Tensor) -> dict[str, Tensor]:
         desirable = measured.desirable > 0
         rewards = self.loss.beta * measured.logratios.detach()

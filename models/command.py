@@ -42,8 +42,7 @@ ANY = object()
 WITHOUT_EFFECT: dict[str, Any] = {
     "overwrite_cache": ANY, "preprocessing_num_workers": ANY, "preprocessing_batch_size": ANY,
     "dataloader_num_workers": ANY, "dataloader_pin_memory": ANY, "ddp_timeout": ANY, "ddp_find_unused_parameters": ANY,
-    "plot_loss": ANY, "trust_remote_code": ANY, "report_to": ANY, "run_name": ANY, "logging_dir": ANY,
-    "log_level": ANY,
+    "trust_remote_code": ANY, "report_to": ANY, "run_name": ANY, "logging_dir": ANY, "log_level": ANY,
     "logging_first_step": ANY, "include_num_input_tokens_seen": ANY, "flash_attn": ANY, "use_fast_tokenizer": True,
     "low_cpu_mem_usage": ANY, "use_cache": ANY, "cache_dir": ANY, "do_eval": ANY, "do_predict": False,
     "print_param_status": ANY, "remove_unused_columns": ANY, "save_only_model": ANY, "disable_tqdm": ANY,

@@ -154,10 +154,10 @@ def test_a_config_file_that_cannot_be_read_is_refused_by_name(tmp_path):
 
 def test_keys_without_effect_are_dropped_with_one_note(tmp_path):
     file = yaml_file(tmp_path, "overwrite_cache: true\npreprocessing_num_workers: 16\nreport_to: [wandb]\nseed: 7\n")
-    expanded, notes = expand_arguments([file, "plot_loss=true"], TrainConfig)
+    expanded, notes = expand_arguments([file, "run_name=x"], TrainConfig)
     assert expanded == ["seed=7"]
     assert notes == [
-        "without effect here, and left out: overwrite_cache, preprocessing_num_workers, report_to, plot_loss"
+        "without effect here, and left out: overwrite_cache, preprocessing_num_workers, report_to, run_name"
     ]
 
 
@@ -419,10 +419,10 @@ def test_a_training_key_is_unknown_to_eval():
 
 
 def test_prepare_command_line_replaces_the_arguments_and_prints_the_notes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "plot_loss=true", "seed=7"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "run_name=x", "seed=7"])
     prepare_command_line(TrainConfig)
     assert sys.argv == ["train.py", "seed=7"]
-    assert capsys.readouterr().out == "note: without effect here, and left out: plot_loss\n"
+    assert capsys.readouterr().out == "note: without effect here, and left out: run_name\n"
 
 
 def test_a_mistake_ends_the_program_with_one_line(monkeypatch, capsys):

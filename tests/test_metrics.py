@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from dpo.metrics import Means, one_line, preference_metrics, to_json
+from dpo.metrics import Means, one_line, preference_metrics
+from dpo.step_log import to_json
 
 NAMES = {
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"

@@ -12,7 +12,7 @@ from dpo.losses import OFF, PREF_LOSSES
 from dpo.objective import to_stream
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.sft import SFTObjective
-from dpo.tokens import Encoded, encode, encode_all, encode_batch, print_cuts
+from dpo.tokens import Encoded, describe_cuts, encode, encode_all, encode_batch
 from dpo.unpaired import UnpairedObjective, with_mismatched
 from models.stream import Stream
 from models.template import ChatTemplate, Message
@@ -313,14 +313,11 @@ def test_a_loss_reads_response_tokens_and_no_other(template, kind):
         (("No.",), (None, None), "0"),
     ],
 )  # fmt: skip
-def test_what_cutoff_len_took_is_counted_per_side(template, capsys, responses, labels, counts):
+def test_what_cutoff_len_took_is_counted_per_side(template, responses, labels, counts):
     """Two rows, one of them with old turns, and room for `No.` with its end."""
     whole = encode(Example((PROMPT[0], PROMPT[3]), ("No.",), "f:1"), template, 512)
     talks = (PROMPT, (PROMPT[0], PROMPT[3]))
     examples = [Example(talk, responses, "f:1", label=label) for talk, label in zip(talks, labels, strict=True)]
     rows, _ = encode_all(examples, template, cutoff_len=whole.tokens, on_bad_row="stop")
-    print_cuts(rows)
-    expected = f"cutoff_len: 1 rows lost old turns; responses cut at their end: {counts}\n"
-    assert capsys.readouterr().out == expected
-    print_cuts(encode_all(examples, template, cutoff_len=512, on_bad_row="stop")[0])
-    assert capsys.readouterr().out == ""
+    assert describe_cuts(rows) == [f"cutoff_len: 1 rows lost old turns; responses cut at their end: {counts}"]
+    assert describe_cuts(encode_all(examples, template, cutoff_len=512, on_bad_row="stop")[0]) == []

@@ -77,11 +77,11 @@ def metrics(directory: Path) -> list[dict]:
 
 def test_the_guides_yaml_runs_as_it_is_and_the_command_line_stands_above_it(tmp_path):
     file = tmp_path / "dpo_config.yaml"
-    file.write_text(GUIDE.format(output_dir=tmp_path / "aligned") + "overwrite_cache: true\nplot_loss: true\n")
+    file.write_text(GUIDE.format(output_dir=tmp_path / "aligned") + "overwrite_cache: true\nddp_timeout: 9\n")
     quick = ["max_samples=20", "per_device_train_batch_size=4", "gradient_accumulation_steps=2", "num_samples=0"]
     done = run("train.py", f"config_file={file}", *quick, "logging_steps=1", "max_steps=1")
     assert done.returncode == 0, done.stderr
-    assert "without effect here, and left out: overwrite_cache, plot_loss" in done.stdout
+    assert "without effect here, and left out: overwrite_cache, ddp_timeout" in done.stdout
     rows = metrics(tmp_path / "aligned")
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert "eval_rewards/accuracies" in rows[-1]

@@ -45,7 +45,10 @@ LAWS = [
     partial(test_losses.test_a_loss_that_falls_falls_everywhere, beta=0.5),
 ]
 CONF = str(Path(__file__).parent.parent / "conf")
-SMALL = ["max_samples=24", "max_steps=3", "logging_steps=1", "num_samples=0", "eval_dataset=null", "device=cpu"]
+SMALL = [
+    "max_samples=24", "max_steps=3", "logging_steps=1", "num_samples=0", "eval_dataset=null", "device=cpu",
+    "plot_loss=false",
+]  # fmt: skip
 
 
 def config(output_dir: Path, *overrides: str) -> DictConfig:
@@ -122,7 +125,7 @@ def three_updates(
         trainer.state.step += 1
         seen.append(norm)
     weights = [tensor.detach() for _, tensor in sorted(trainable(policy).items())]
-    return [*weights, *seen, torch.tensor(list(trainer.window.means().values()), dtype=torch.float64)]
+    return [*weights, *seen, torch.tensor(list(trainer.watch.window.means().values()), dtype=torch.float64)]
 
 
 OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {

@@ -22,7 +22,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ class NoDirectory(RunDir):
         pass
 
     def log(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
         pass
 
 
@@ -195,5 +198,5 @@ def _training(cfg: DictConfig) -> DictConfig:
         "learning_rate": cfg.flip_learning_rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 0,
         "optim": "adamw_torch", "load_best_model_at_end": False, "early_stopping_steps": None,
         "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "logging_steps": 10**9, "save_strategy": "no", "save_steps": 1,
+        "logging_steps": 10**9, "eval_on_start": False, "save_strategy": "no", "save_steps": 1,
     })  # fmt: skip

@@ -6,7 +6,7 @@ Every response of a prompt's grammar is a branch of one trunk, so one packed pas
 the policy puts on other texts (and on other tokenizations of these) is the mass outside; it earns the lowest reward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,16 @@ def response_probabilities(policy: Transformer, template: ChatTemplate, prompt: 
     stream = pack([prompt_ids], [[ids[:end] for ids, end in zip(responses, ends, strict=True)]]).to(policy.device)
     logps = sum_over_responses(token_logps(policy, stream), stream.lengths_B)
     return dict(zip(texts, logps.double().exp().tolist(), strict=True))
+
+
+def probe(template: ChatTemplate, prompts: Sequence[str]) -> Callable[[Transformer, int], dict[str, float]]:
+    """The score as a probe of the trainer's."""
+
+    def measure(policy: Transformer, step: int) -> dict[str, float]:
+        now = score(policy, template, prompts)
+        return {"eval_gold_reward": now.expected_reward, "eval_mass_outside": now.mass_outside}
+
+    return measure
 
 
 def score(policy: Transformer, template: ChatTemplate, prompts: Sequence[str]) -> WorldScore:

@@ -1,0 +1,47 @@
+"""KL(policy || reference) of texts that the policy has written, exact at every position.
+
+    KL(pi || ref) = E_{y ~ pi} sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t))
+
+The expectation is estimated by the policy's own samples; the inner KL is a sum over the whole vocabulary, so that this
+one varies less than the usual estimators, which look at the token drawn alone (Rao-Blackwell). The log-ratio of texts
+that others wrote, such as the chosen responses of a dataset, is no KL.
+
+Shapes: R response tokens, C of them in a chunk, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from dpo.fused import CHUNK_ELEMENTS
+from dpo.logprobs import predictors
+from dpo.reference import LiveReference
+from models.stream import Stream
+from models.transformer import Transformer
+
+
+@torch.no_grad()
+def kl_and_entropy(policy: Transformer, reference: LiveReference | None, stream: Stream) -> tuple[Tensor, Tensor]:
+    """(R,) KL(pi || ref) and (R,) entropy of pi at every position that predicts a response token, nats, at least 0.
+
+    Without a reference the KL is NaN.
+    """
+    policy_RD = predictors(policy, stream)
+    reference_RD, reference_head_VD = policy_RD, policy.head_weight_VD
+    if reference is not None:
+        with reference.as_model() as model:
+            reference_RD, reference_head_VD = predictors(model, stream), model.head_weight_VD
+    chunk = max(1, CHUNK_ELEMENTS // len(policy.head_weight_VD))
+    kl, entropy = [], []
+    for start in range(0, len(policy_RD), chunk):
+        part = slice(start, start + chunk)
+        logps_CV = _log_softmax(policy_RD[part], policy.head_weight_VD)
+        p_CV = logps_CV.exp()
+        kl.append((p_CV * (logps_CV - _log_softmax(reference_RD[part], reference_head_VD))).sum(-1))
+        entropy.append(-(p_CV * logps_CV).sum(-1))
+    kl_R = torch.cat(kl)
+    return kl_R if reference is not None else torch.full_like(kl_R, torch.nan), torch.cat(entropy)
+
+
+def _log_softmax(hidden_CD: Tensor, head_weight_VD: Tensor) -> Tensor:
+    logits_CV = hidden_CD @ head_weight_VD.to(hidden_CD.dtype).T
+    return (logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()).log_softmax(-1)
