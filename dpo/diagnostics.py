@@ -115,21 +115,20 @@ def likelihood_displacement(run: Diagnosis) -> str | None:
     return None
 
 
+REPEATS, FEWER_ENDS, LESS_DISTINCT = 0.1, 0.25, 0.5
 LONGER = 1.3
 
 
 def length_exploitation(run: Diagnosis) -> str | None:
     """Park et al. 2024, arXiv:2403.19159."""
     lengths, errors = run.start_and_now("mean_length"), run.start_and_now("length_se")
-    if lengths is None or errors is None:
-        return None
+    clipped = run.start_and_now("clipped_ratio")
+    if lengths is None or errors is None or clipped is None or clipped[1] > clipped[0] + FEWER_ENDS:
+        return None  # answers that no longer end are another failure
     # Two standard errors: more than the draw of a few answers does.
     if lengths[1] > LONGER * lengths[0] and lengths[1] - lengths[0] > 2 * math.hypot(*errors):
         return f"answers have {lengths[1]:.1f} tokens, {lengths[1] / lengths[0]:.2f} times as many as at the start"
     return None
-
-
-REPEATS, FEWER_ENDS, LESS_DISTINCT = 0.1, 0.25, 0.5
 
 
 def model_degradation(run: Diagnosis) -> str | None:
@@ -175,6 +174,8 @@ HARDLY_ORDERED, MOVED, ENOUGH_ROWS = 0.6, 0.1, 50
 def noisy_labels(run: Diagnosis) -> str | None:
     pairs, total = run.pairs(), run.facts.total_steps
     if pairs is None or "rewards/accuracies" not in pairs or pairs["step"] < total / 2:
+        return None
+    if "training_instability" in run.alarms:  # a policy that has broken down orders no pairs, whatever their labels
         return None
     accuracy = pairs["rewards/accuracies"]
     if run.facts.held_out < ENOUGH_ROWS:  # then by the rows of the run's second half, before they were learned from
