@@ -153,6 +153,29 @@ def test_the_scale_doubles_after_2000_steps_without_an_overflow():
     assert (scales[1998], scales[1999], scales[3998], scales[3999]) == (2**16, 2**17, 2**17, 2**18)
 
 
+def test_scale_and_skipped_steps_are_those_of_torchs_grad_scaler():
+    """Overflows at the start, in a row, one step before the scale would have doubled, and right after it did."""
+    overflows = {0, 1, 2001, 4002}
+    ours_p, theirs_p = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    ours, theirs = (torch.optim.SGD([p], lr=1.0) for p in (ours_p, theirs_p))
+    scale, scaler = LossScale(torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2000)
+    scales = []
+    for step in range(4010):
+        scaler.scale(torch.zeros(1))  # creates its scale
+        gradient = math.inf if step in overflows else 1.0
+        for parameter, by in ((ours_p, scale.scale), (theirs_p, scaler.get_scale())):
+            parameter.grad = torch.tensor([gradient * by])
+        if scale.unscale([ours_p]):
+            ours.step()
+        scaler.step(theirs)
+        scaler.update()
+        assert (scale.scale, ours_p.item()) == (scaler.get_scale(), theirs_p.item()), step
+        scales.append(scale.scale)
+    assert [scales[step] for step in (0, 1, 2000, 2001, 4000, 4001, 4002)] == [
+        2.0**power for power in (15, 14, 14, 13, 13, 14, 13)
+    ]
+
+
 @pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw_torch"])
 def test_an_optimizer_is_torchs_own_and_its_state_is_what_a_checkpoint_holds(name):
     """Two steps at a rate of 0.1, against torch's class with its defaults; AdamW's betas are Hugging Face's."""
