@@ -168,7 +168,7 @@ def saturation(run: Diagnosis) -> str | None:
     return None
 
 
-HARDLY_ORDERED, MOVED, ENOUGH_ROWS = 0.6, 0.1, 50
+HARDLY_ORDERED, MOVED, NO_BETTER, ENOUGH_ROWS = 0.6, 0.1, 1.01, 50
 
 
 def noisy_labels(run: Diagnosis) -> str | None:
@@ -177,15 +177,17 @@ def noisy_labels(run: Diagnosis) -> str | None:
         return None
     if "training_instability" in run.alarms:  # a policy that has broken down orders no pairs, whatever their labels
         return None
-    accuracy = pairs["rewards/accuracies"]
+    accuracy, loss = pairs["rewards/accuracies"], pairs["loss"]
     if run.facts.held_out < ENOUGH_ROWS:  # then by the rows of the run's second half, before they were learned from
-        late = [row["rewards/accuracies"] for row in run.training if row["step"] > total / 2]
+        late = [row for row in run.training if row["step"] > total / 2]
         if not late or run.training[-1]["step"] < total:
             return None
-        accuracy = sum(late) / len(late)
+        accuracy, loss = (sum(row[name] for row in late) / len(late) for name in ("rewards/accuracies", "loss"))
     moved = max(abs(pairs["rewards/chosen"]), abs(pairs["rewards/rejected"]))
-    if accuracy < HARDLY_ORDERED and moved > MOVED:
-        return f"rewards have moved by {moved:.2g}, and order {accuracy:.0%} of pairs as they are labelled"
+    # Labels that contradict one another may leave rewards where they are: the loss is then no better than at the start.
+    worse = run.facts.start is not None and run.facts.start > 0 and loss > NO_BETTER * run.facts.start
+    if accuracy < HARDLY_ORDERED and (moved > MOVED or worse):
+        return f"{accuracy:.0%} of pairs are ordered as labelled, the loss is {loss:.3g}, rewards moved by {moved:.2g}"
     return None
 
 

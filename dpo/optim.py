@@ -77,12 +77,11 @@ class LossScale:
         """Divide the gradients by the scale; False where one overflowed and the step must be skipped."""
         if not self.active:
             return True
-        finite = True
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= self.scale
-                finite = finite and bool(p.grad.isfinite().all())
-        if not finite:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient /= self.scale
+        # One answer for all: each would wait for the device.
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             self.scale, self.good_steps = self.scale / 2, 0
             if self.scale < 1:
                 raise ValueError("fp16: gradients overflow at any loss scale; use bf16=true, or lower learning_rate")

@@ -66,10 +66,10 @@ def trainer_of(cfg: DictConfig, weight: float = 1.0) -> Trainer:
 
 def one_update(trainer: Trainer) -> float:
     """Of all its rows; returns their mean loss."""
-    trainer.window = Means()
+    trainer.watch.window = Means()
     trainer.update(trainer.train_rows, _Clock())
     trainer.state.step += 1
-    return trainer.window.means()["loss"]
+    return trainer.watch.window.means()["loss"]
 
 
 # --- the table ---
