@@ -205,7 +205,7 @@ class Trainer:
             usable = self.loss_scale.unscale(self.parameters)
             norm = clip_gradients(self.parameters, self.cfg.max_grad_norm)
             if usable and not torch.isfinite(norm):
-                raise NonFinite("gradient", batch)
+                raise NonFinite("gradient", self._with_bad_gradients(batch))
         except NonFinite as fault:
             self.watch.back_to(mark)
             self._skip(fault, batch)
@@ -243,6 +243,19 @@ class Trainer:
             (total * self.loss_scale.scale).backward()
             start += len(rows)
             clock.count(len(rows), len(stream.input_ids_T))
+
+    def _with_bad_gradients(self, batch: Sequence[Encoded]) -> Sequence[Encoded]:
+        """The rows whose gradient is not finite when each is measured alone; all of them where none or no one is."""
+        if self.objective.couples:
+            return batch
+        bad = []
+        for row in batch:
+            measured = self.objective.measure(self.policy, to_stream([row], self.policy.device), [row], batch)
+            loss = self.objective.losses(measured).sum() / self.objective.units(batch) * self.loss_scale.scale
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            if not all(gradient.isfinite().all() for gradient in gradients if gradient is not None):
+                bad.append(row)
+        return bad or batch
 
     def _skip(self, fault: "NonFinite", batch: Sequence[Encoded]) -> None:
         """Leave an update out, and say which rows; ValueError, and a bundle to look at, at the third in a row."""
