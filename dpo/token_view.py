@@ -2,11 +2,10 @@
 
     log pi(y_t|x, y_<t) - log pi_ref(y_t|x, y_<t)    of every response token y_t, nats
 
-beta times it is the token's reward, as far as the policy holds one (Rafailov et al. 2024, arXiv:2404.12358); the sum over
-a response is the log-ratio that the losses read. The reference is what the run started from, whether its loss reads one
-or not, and every token counts once, whatever ld_alpha says.
-
-A response may gain while a word of it loses: rewards say how far, this says where.
+Rewards say how far a response has moved, this says where: beta times it is the token's reward, as far as the policy
+holds one (Rafailov et al. 2024, arXiv:2404.12358), and the sum over a response is the log-ratio that the losses read.
+The reference is what the run started from, whether its loss reads one or not, and every token counts once, whatever
+ld_alpha says.
 """
 
 import os
@@ -111,6 +110,26 @@ class Row:
 
 
 def view(cfg: DictConfig, *, colour: bool) -> None:
+    rows, about = viewed(cfg)
+    limit = scale_of(rows)
+    print(visible(about))
+    print(LEGEND)
+    print(
+        "log-ratio of a token: log pi - log pi_ref, nats; logps, log-ratio of a response: sums; reward: beta log-ratio"
+    )
+    if colour:
+        print(f"background: red from {-limit:.2g} nats and below, none at 0, blue to {limit:+.2g} and above")
+    for row in rows:
+        print()
+        print("\n".join(lines(row, limit, colour)))
+    if cfg.output_file:
+        # Half a surrogate pair, which a file's name can hold, has no UTF-8.
+        Path(cfg.output_file).write_bytes(page(rows, limit, about).encode("utf-8", "backslashreplace"))
+        print(f"\npage: {cfg.output_file}")
+
+
+def viewed(cfg: DictConfig) -> tuple[list[Row], str]:
+    """(the rows that cfg asks for, what they are in a line)."""
     check(cfg)
     check_values(cfg, {"show": AT_LEAST_1})
     device = choose_device(cfg.device)
@@ -125,23 +144,9 @@ def view(cfg: DictConfig, *, colour: bool) -> None:
         to_row(number, row, found, template.tokenizer, cfg.pref_beta)
         for number, row, found in zip(numbers, picked, measured, strict=True)
     ]
-    limit = scale_of(rows)
-    about = (
-        f"{len(rows)} of {len(encoded)} held-out rows; policy: "
-        f"{cfg.adapter_name_or_path or cfg.model_name_or_path}; reference: {description}; pref_beta={cfg.pref_beta:g}"
-    )
-    print(visible(about))
-    print(LEGEND)
-    print("log-ratio of a token: log pi - log pi_ref, nats; logps, log-ratio of a response: sums; reward: beta log-ratio")
-    if colour:
-        print(f"background: red from {-limit:.2g} nats and below, none at 0, blue to {limit:+.2g} and above")
-    for row in rows:
-        print()
-        print("\n".join(lines(row, limit, colour)))
-    if cfg.output_file:
-        # Half a surrogate pair, which a file's name can hold, has no UTF-8.
-        Path(cfg.output_file).write_bytes(page(rows, limit, about).encode("utf-8", "backslashreplace"))
-        print(f"\npage: {cfg.output_file}")
+    name = cfg.adapter_name_or_path or cfg.model_name_or_path
+    about = f"{len(rows)} of {len(encoded)} held-out rows; policy: {name}; reference: {description}"
+    return rows, f"{about}; pref_beta={cfg.pref_beta:g}"
 
 
 @torch.no_grad()
