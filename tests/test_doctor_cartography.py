@@ -58,20 +58,31 @@ def test_confidence_variability_and_correctness_by_hand():
 
 
 def test_each_kind_by_hand():
-    """The median variability of the rows seen twice (flipped 0, easy 0, some 1/4, hard about 0.18) is 0.09."""
+    """The easy rows' median confidence is 3/4, so a hard row is likely flipped up to 1/4."""
     margins = {
-        "flipped": [-9.0, -9.0], "easy": [LOG3, LOG3], "some": [-LOG3, LOG3], "hard": [-LOG3, -2.6],
-        "once": [-3.0],
+        "flipped": [-LOG3, -LOG3], "hard": [-LOG3, -1.0], "easy": [LOG3, LOG3], "easier": [9.0, 9.0],
+        "just": [0.1, 0.1], "some": [-9.0, -9.0, 0.1], "once": [-9.0],
     }  # fmt: skip
     kinds = {place.source: place.kind for place in map_of("train", margins)}
     assert kinds == {
-        "flipped": "likely flipped", "easy": "easy", "some": "ambiguous", "hard": "hard", "once": "seen once"
+        "flipped": "likely flipped", "hard": "hard", "easy": "easy", "easier": "easy", "just": "easy",
+        "some": "ambiguous", "once": "seen once",
     }  # fmt: skip
+    assert [place.kind for place in map_of("train", {"a": [-9.0, -9.0]})] == ["hard"]  # no row says what sure is
+
+
+@pytest.mark.parametrize("size", [1, 0.01, 1e-6])
+def test_the_size_of_the_margins_changes_no_kind(size):
+    """As a smaller beta or learning rate would; all confidences go to a half."""
+    margins = {"flipped": [-2, -3], "hard": [-1, -0.5], "some": [-2, 0.5], "a": [0.5, 1], "b": [1, 2], "c": [2, 3]}
+    places = map_of("train", {source: [size * margin for margin in row] for source, row in margins.items()})
+    kinds = {"flipped": "likely flipped", "hard": "hard", "some": "ambiguous", "a": "easy", "b": "easy", "c": "easy"}
+    assert {place.source: place.kind for place in places} == kinds
 
 
 def test_rows_to_read_are_the_least_confident_and_of_the_ambiguous_the_most_variable():
     margins = {
-        "a": [-1.0, -1.0], "b": [-2.0, -2.0], "easy": [1.0, 1.0], "some": [-1.0, 1.0], "more": [-3.0, 3.5],
+        "a": [-1.1, -1.1], "b": [-2.0, -2.0], "easy": [1.0, 1.0], "some": [-1.0, 1.0], "more": [-3.0, 3.5],
         "once": [0.0], "less": [-1.0],
     }  # fmt: skip
     found = {kind: [place.source for place in places] for kind, places in to_read(map_of("eval", margins)).items()}

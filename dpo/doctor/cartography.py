@@ -13,7 +13,11 @@ takes the highest or lowest third of each measure; here the kinds do not overlap
     easy              right at every visit
     ambiguous         right at some
     hard              wrong at every visit
-    likely flipped    hard, and variability at most the median of all rows: what the others teach speaks against it
+    likely flipped    hard, with a confidence of at most 1 - (the median of the easy rows' confidence)
+
+So the policy is as sure that such a label is wrong as it is that the median easy one is right, whatever beta and the
+learning rate make of the margins' size. Variability does not enter: where labels were exchanged on purpose, hard rows
+that vary little were no more often exchanged than other hard ones.
 
 What is seen once has a confidence alone. Visits of update 1 and evaluation 0 are left out: there policy is reference,
 and the margin 0 but for rounding. A policy sees its training rows, so it learns wrong labels too, the later the more;
@@ -21,9 +25,10 @@ dpo.doctor.flips asks one that has not.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -44,8 +49,8 @@ LEDGER = "ledger.jsonl"
 SPLITS = {"train": 2, "eval": 1}
 """The first step whose visits say something."""
 KINDS = {
-    "likely flipped": "wrong at every visit, variability at most the median",
-    "hard": "wrong at every visit, variability above the median",
+    "likely flipped": "wrong at every visit, and as surely as the median easy row is right",
+    "hard": "wrong at every visit, less surely",
     "ambiguous": "right at some visits",
     "easy": "right at every visit",
     "seen once": "no variability; num_train_epochs=2 or more gives it, of held-out rows a second evaluation",
@@ -140,22 +145,23 @@ def _check_visit(visit: Any, place: str) -> None:
 
 def map_of(split: str, margins: Mapping[str, Sequence[float]]) -> list[Place]:
     """The rows of a split, each in its place, the least confident first."""
-    # -log sigmoid, for 1 / (1 + exp(-x)) would overflow, and tanh lose the order of what is near 0.
-    p = [np.exp(-np.logaddexp(0, -np.array(values))) for values in margins.values()]
-    variability = np.array([row.std() for row in p])
-    again = np.array([len(row) > 1 for row in p])
-    median = float(np.median(variability[again])) if again.any() else 0.0
     places = []
-    for source, row, spread in zip(margins, p, variability.tolist(), strict=True):
-        correctness = float(np.mean(np.array(margins[source]) > 0))
-        if len(row) == 1:
-            kind = "seen once"
-        elif correctness == 0:
-            kind = "likely flipped" if spread <= median else "hard"
-        else:
-            kind = "easy" if correctness == 1 else "ambiguous"
-        places.append(Place(split, source, kind, len(row), float(row.mean()), spread, correctness))
-    return sorted(places, key=lambda place: place.confidence)
+    for source, values in margins.items():
+        row = np.array(values)
+        # log sigmoid(x) = -log(1 + exp(-x)) neither overflows nor loses the order of what is near 0.
+        p = np.exp(-np.logaddexp(0, -row))
+        correctness = float((row > 0).mean())
+        kind = "seen once" if len(row) == 1 else {0.0: "hard", 1.0: "easy"}.get(correctness, "ambiguous")
+        places.append(Place(split, source, kind, len(row), float(p.mean()), float(p.std()), correctness))
+    easy = [place.confidence for place in places if place.kind == "easy"]
+    limit = 1 - float(np.median(easy)) if easy else math.nan
+    return sorted(
+        (
+            replace(place, kind="likely flipped") if place.kind == "hard" and place.confidence <= limit else place
+            for place in places
+        ),
+        key=lambda place: place.confidence,
+    )
 
 
 def to_read(places: Sequence[Place]) -> dict[str, list[Place]]:
