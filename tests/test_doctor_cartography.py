@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train  # noqa: F401  (registers its schema)
 from dpo.config import TrainConfig
-from dpo.doctor.__main__ import DoctorConfig, check_ledger_keys, examine
+from dpo.doctor.__main__ import DoctorConfig, examine
 from dpo.doctor.cartography import map_of, map_run, read_ledger, to_read
 from models.command import CONF, expand_arguments
 
@@ -182,7 +182,7 @@ EVIL = "<script>alert(1)</script>\x1b[2J\u202e"
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run of three rows, of which the ledger says that the second is wrong at both visits."""
+    """A run on three rows, of which the second is wrong at both visits."""
     rows = [{"prompt": f"Why {i}? {EVIL}", "chosen": f"Because {EVIL}", "rejected": "No."} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -196,7 +196,7 @@ def run(tmp_path) -> Path:
 
 
 def test_the_rows_to_read_are_shown_with_their_texts(run, tmp_path, capsys):
-    map_run(config(f"ledger={run}", f"output_dir={tmp_path / 'out'}"))
+    assert examine(config(f"ledger={run}", f"output_dir={tmp_path / 'out'}")) == []
     text = capsys.readouterr().out
     assert text.replace("\n", "").isprintable()
     assert "7 visits of 4 rows, without 0 before the first update" in text
@@ -265,12 +265,11 @@ def test_a_labelled_pair_is_one_place_with_both_responses(run, tmp_path, capsys)
 
 def test_what_a_ledger_is_not_asked_is_refused():
     cfg = config("ledger=runs/7")
-    check_ledger_keys(cfg)
     for key, value in {"dataset": "a", "eval_dataset": "b", "benchmarks": ["c"], "model_name_or_path": "d"}.items():
         with pytest.raises(ValueError, match=rf"ledger=runs/7 with {key}=.*: is not read there; leave one of them out"):
-            check_ledger_keys(OmegaConf.merge(cfg, {key: value}))
+            examine(OmegaConf.merge(cfg, {key: value}))
     with pytest.raises(ValueError, match=r"with export=e\.jsonl: is not read there"):
-        check_ledger_keys(OmegaConf.merge(cfg, {"export": "e.jsonl"}))
+        examine(OmegaConf.merge(cfg, {"export": "e.jsonl"}))
 
 
 def test_without_a_dataset_the_ledger_is_the_other_way():

@@ -71,18 +71,7 @@ ConfigStore.instance().store(name="doctor_schema", node=DoctorConfig)
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="doctor")
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
-        if cfg.ledger:
-            check_ledger_keys(cfg)
-            map_run(cfg)
-        else:
-            examine(cfg)
-
-
-def check_ledger_keys(cfg: DictConfig) -> None:
-    """ValueError for a key that asks for what only the checks of a dataset do."""
-    for key in ("dataset", "eval_dataset", "benchmarks", "model_name_or_path", "export"):
-        if not OmegaConf.is_missing(cfg, key) and cfg[key]:
-            raise ValueError(f"ledger={cfg.ledger} with {key}={cfg[key]}: is not read there; leave one of them out")
+        examine(cfg)
 
 
 RULES = {
@@ -93,7 +82,16 @@ RULES = {
 
 
 def examine(cfg: DictConfig) -> list[Check]:
-    """All checks, told in the terminal and written to output_dir, and the export where one is asked for."""
+    """All checks, told in the terminal and written to output_dir, and the export where one is asked for.
+
+    With ledger no check, but the map of its run.
+    """
+    if cfg.ledger:
+        for key in ("dataset", "eval_dataset", "benchmarks", "model_name_or_path", "export"):
+            if not OmegaConf.is_missing(cfg, key) and cfg[key]:
+                raise ValueError(f"ledger={cfg.ledger} with {key}={cfg[key]}: is not read there; leave one of them out")
+        map_run(cfg)
+        return []
     refuse_unset(cfg, dataset=" (or ledger=RUN_DIR)")
     check_values(cfg, RULES)
     sources = sources_of(cfg, cfg.dataset, "train.jsonl")

@@ -284,7 +284,7 @@ def scatter(maps: Mapping[str, Sequence[Place]]) -> Any:
             x, y = [place.variability for place in its], [place.confidence for place in its]
             axis.scatter(x, y, s=6, alpha=0.5, color=colour, label=f"{kind} ({len(its):,})", linewidths=0)
         axis.set(title=split, xlabel="variability", ylabel="confidence")
-        axis.legend(markerscale=3)
+        axis.legend(markerscale=3, loc="upper right")  # `best` is slow with many rows
     return figure
 
 
