@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 import train  # noqa: F401  (registers its schema)
 from dpo.config import TrainConfig
 from dpo.doctor.__main__ import DoctorConfig, examine
-from dpo.doctor.cartography import map_of, map_run, read_ledger, to_read
+from dpo.doctor.cartography import map_of, map_run, read_ledger, texts_of, to_read
+from dpo.doctor.page import row_html
+from dpo.formats import Example
 from models.command import CONF, expand_arguments
 
 LOG3 = math.log(3)  # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4
@@ -190,7 +192,7 @@ def run(tmp_path) -> Path:
         cfg = compose("config", expanded)
     places = [f"{tmp_path / 'rows.jsonl'}:{i}" for i in (1, 2, 3)]
     visits = [visit(place, margin, step) for step in (2, 3) for place, margin in zip(places, (1, -5, 0.5), strict=True)]
-    path = write_ledger(tmp_path / "run", *visits, visit("held.jsonl:7", -0.5, step=3, split="eval"))
+    path = write_ledger(tmp_path / "run", *visits, visit("<script>held.jsonl:7", -0.5, step=3, split="eval"))
     OmegaConf.save(cfg, path / "config.yaml")
     return path
 
@@ -261,6 +263,16 @@ def test_a_labelled_pair_is_one_place_with_both_responses(run, tmp_path, capsys)
     text = capsys.readouterr().out
     assert "3 places hold several pairs or labelled rows, which stand on the map as one" in text
     assert "    desirable   Because" in text and "    undesirable No." in text
+
+
+def test_a_labelled_row_is_shown_alone_and_escaped():
+    """A row of one response, and a ranking's place of two pairs."""
+    labelled = Example(({"role": "user", "content": "Why?"},), ("<b>",), "f:1", label=False)
+    assert texts_of([labelled]) == ("Why?", [("undesirable", "<b>")])
+    pair = Example(labelled.messages, ("a", "b"), "f:1")
+    assert texts_of([pair, pair])[1] == [("chosen", "a"), ("rejected", "b")] * 2
+    assert texts_of([]) == ("", [])
+    assert '<b>undesirable</b><div class="text">&lt;b&gt;</div>' in row_html("f:1", "why", *texts_of([labelled]))
 
 
 def test_what_a_ledger_is_not_asked_is_refused():
