@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dpo.build import model_dir, read_datasets
-from dpo.config import TrainConfig, check_values
+from dpo.config import AT_LEAST_1, TrainConfig, check_values
 from dpo.formats import NUMBERS, BadRow, Example
 from dpo.tokens import Encoded, encode_batch, sides
 from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset
@@ -72,25 +72,29 @@ def command() -> None:
 
 def show(cfg: DictConfig, *, colour: bool) -> None:
     refuse_unset(cfg)
-    check_values(cfg)
-    if cfg.show < 1:
-        raise ValueError(f"show={cfg.show}: must be at least 1")
+    check_values(cfg, {"show": AT_LEAST_1})
     template = ChatTemplate(cfg.template, Tokenizer(model_dir(cfg.model_name_or_path)), cfg.date_string)
     datasets, bad = read_datasets(cfg, cfg.dataset, "train.jsonl")
     examples = [example for dataset in datasets.values() for example in dataset]
-    numbers = list(cfg.rows) or list(range(1, min(cfg.show, len(examples)) + 1))
-    for number in numbers:
-        if not 1 <= number <= len(examples):
-            raise ValueError(f"rows={numbers}: {number} is none of the {len(examples)} rows, which count from 1")
+    numbers = numbers_of(cfg, len(examples))
     picked = encode_batch([examples[number - 1] for number in numbers], template, cfg.cutoff_len)
     name = f"template={cfg.template}, model_name_or_path={cfg.model_name_or_path}, cutoff_len={cfg.cutoff_len}"
     print(f"{len(examples)} rows, {len(bad)} skipped; {name}\n{LEGEND}")
     for number, row in zip(numbers, picked, strict=True):
         print()
         if isinstance(row, BadRow):
-            print(f"row {number} cannot be used: {row}")
+            print(visible(f"row {number} cannot be used: {row}"))
         else:
             print("\n".join(lines(number, row, template.tokenizer, colour)))
+
+
+def numbers_of(cfg: DictConfig, total: int) -> list[int]:
+    """Which rows are shown of so many: `rows`, else the first `show`; counted from 1."""
+    numbers = list(cfg.rows) or list(range(1, min(cfg.show, total) + 1))
+    for number in numbers:
+        if not 1 <= number <= total:
+            raise ValueError(f"rows={numbers}: {number} is none of the {total} rows, which count from 1")
+    return numbers
 
 
 def lines(number: int, row: Encoded, tokenizer: Tokenizer, colour: bool) -> Iterator[str]:
@@ -101,12 +105,17 @@ def lines(number: int, row: Encoded, tokenizer: Tokenizer, colour: bool) -> Iter
     said = [f"{key} {getattr(row.example, key):g}" for key in NUMBERS if _says(row.example, key)]
     dropped = [f"{row.dropped_turns} old turns left out"] if row.dropped_turns else []
     head = "; ".join([turns, f"tokens: prompt {len(row.prompt_ids)}, {lengths}", *said, *dropped])
-    yield _paint(f"row {number} ({row.example.source}): {head}", "head", colour)
-    yield from _margin("prompt", "|", pieces(tokenizer, row.prompt_ids), colour)
+    yield paint(visible(f"row {number} ({row.example.source}): {head}"), COLOURS["head"] if colour else "")
+    yield from token_lines("prompt", "|", _coloured(pieces(tokenizer, row.prompt_ids), "|", colour))
     for name, ids, cut in zip(names, row.response_ids, row.cut, strict=False):
-        yield from _margin(name, "*", pieces(tokenizer, ids, before=row.prompt_ids), colour)
+        found = pieces(tokenizer, ids, before=row.prompt_ids)
+        yield from token_lines(name, "*", _coloured(found, name, colour))
         if cut:
-            yield f"  {name:11s}   (cut here by cutoff_len)"
+            yield cut_line(name)
+
+
+def cut_line(name: str) -> str:
+    return f"  {name:11s}   (cut here by cutoff_len)"
 
 
 def _says(example: Example, key: str) -> bool:
@@ -135,22 +144,25 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = ())
     return found
 
 
-def _margin(name: str, mark: str, tokens: Sequence[tuple[str, bool]], colour: bool) -> Iterator[str]:
-    """The tokens, with a new line after each that ends one."""
-    paint = mark if mark in COLOURS else name
+def _coloured(tokens: Sequence[tuple[str, bool]], what: str, colour: bool) -> list[tuple[str, str]]:
+    return [(text, COLOURS["special" if special else what] if colour else "") for text, special in tokens]
+
+
+def token_lines(name: str, mark: str, tokens: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """(text, its colour or nothing) of each token as lines, with a new one after each that ends one."""
     line: list[str] = []
-    for i, (text, special) in enumerate(tokens):
-        line.append(_paint(_visible(text), "special" if special else paint, colour))
+    for i, (text, code) in enumerate(tokens):
+        line.append(paint(visible(text), code))
         if "\n" in text or i == len(tokens) - 1:
             yield f"  {name:11s} {mark} " + "·".join(line)
             line = []
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text in which nothing moves the cursor or hides."""
     text = text.replace("\n", "⏎")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _paint(text: str, what: str, colour: bool) -> str:
-    return f"{COLOURS[what]}{text}{PLAIN}" if colour else text
+def paint(text: str, code: str) -> str:
+    return f"{code}{text}{PLAIN}" if code else text

@@ -160,3 +160,9 @@ def sides(row: Encoded) -> tuple[str, ...]:
     if len(row.cut) == 2:
         return ("chosen", "rejected")
     return ({None: "response", True: "desirable", False: "undesirable"}[row.example.label],)
+
+
+if __name__ == "__main__":
+    from dpo.token_view import command
+
+    command()

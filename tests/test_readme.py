@@ -15,6 +15,7 @@ from dpo.config import EvalConfig, TrainConfig
 from dpo.doctor.__main__ import DoctorConfig, examine
 from dpo.formats import FORMATS, examples_of
 from dpo.show import ShowConfig, show
+from dpo.token_view import TokenViewConfig, view
 from models.chat import ChatConfig
 from models.command import expand_arguments
 from models.export import ExportConfig
@@ -25,7 +26,7 @@ COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.(data|doctor))", line)
+    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.(data|doctor|tokens))", line)
 ]
 ROOTS = {
     "train.py": ("config", TrainConfig),
@@ -34,6 +35,7 @@ ROOTS = {
     "models.chat": ("chat", ChatConfig),
     "models.export": ("export", ExportConfig),
     "dpo.data": ("show", ShowConfig),
+    "dpo.tokens": ("token_view", TokenViewConfig),
 }
 
 
@@ -118,6 +120,24 @@ def test_what_the_readme_shows_of_a_row_is_what_is_printed(capsys):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         show(compose("show", ["dataset=world", "show=1"]), colour=False)
     assert capsys.readouterr().out.replace(f"{ROOT}/", "") == block
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows_of_the_default_run_is_where_its_policy_has_moved(tmp_path, capsys):
+    """Line for line; numbers to 0.2 nats, for another processor rounds otherwise in 188 updates."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        train_entry.train(compose("config", [f"output_dir={tmp_path}", "num_samples=0"]))
+        capsys.readouterr()
+        arguments, _ = expand_arguments([f"run={tmp_path}", "show=1"], TokenViewConfig)
+        view(compose("token_view", arguments), colour=False)
+    head, *shown = re.search(r"```\n(row 1 .*? Pick\] it· up\n)", README, re.DOTALL)[1].splitlines()
+    printed = capsys.readouterr().out.replace(f"{ROOT}/", "").splitlines()
+    start = next(i for i, line in enumerate(printed) if line.startswith("  chosen "))
+    printed = [next(line for line in printed if line.startswith("row 1")), "...", *printed[start:]][: len(shown) + 1]
+    number = re.compile(r"[-+]\d+\.\d+")
+    for line, expected in zip(printed, [head, *shown], strict=True):
+        assert number.sub("#", line) == number.sub("#", expected)
+        assert [*map(float, number.findall(line))] == pytest.approx([*map(float, number.findall(expected))], abs=0.2)
 
 
 @pytest.mark.slow

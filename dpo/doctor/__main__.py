@@ -1,7 +1,7 @@
 """Is the data worth training on? `python -m dpo.doctor dataset=FILE key=value ...` (keys: conf/doctor.yaml).
 
 The guide's good pairs differ clearly, in more than length and formatting, on topic, consistently and diversely. Each of
-these is measured; nothing is changed but in a new file (export=).
+these is measured; nothing is changed but in a new file (export=). `ledger=RUN_DIR` asks a finished run instead.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dpo.build import read_datasets, sources_of
 from dpo.config import AT_LEAST_1, POSITIVE, SHARE, check_values
+from dpo.doctor.cartography import map_run
 from dpo.doctor.check import Check
 from dpo.doctor.diversity import check_diversity
 from dpo.doctor.duplicates import check_duplicates
@@ -34,6 +35,7 @@ class DoctorConfig:
     """Every key of dpo.doctor; see conf/doctor.yaml for what each means."""
 
     dataset: Any = MISSING
+    ledger: str | None = MISSING
     dataset_dir: str = MISSING
     data_format: str | None = MISSING
     ranking_to_pairs: str = MISSING
@@ -80,8 +82,17 @@ RULES = {
 
 
 def examine(cfg: DictConfig) -> list[Check]:
-    """All checks, told in the terminal and written to output_dir, and the export where one is asked for."""
-    refuse_unset(cfg)
+    """All checks, told in the terminal and written to output_dir, and the export where one is asked for.
+
+    With ledger no check, but the map of its run.
+    """
+    if cfg.ledger:
+        for key in ("dataset", "eval_dataset", "benchmarks", "model_name_or_path", "export"):
+            if not OmegaConf.is_missing(cfg, key) and cfg[key]:
+                raise ValueError(f"ledger={cfg.ledger} with {key}={cfg[key]}: is not read there; leave one of them out")
+        map_run(cfg)
+        return []
+    refuse_unset(cfg, dataset=" (or ledger=RUN_DIR)")
     check_values(cfg, RULES)
     sources = sources_of(cfg, cfg.dataset, "train.jsonl")
     files = [path for source in sources for path in source.files]

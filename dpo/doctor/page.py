@@ -20,6 +20,7 @@ from dpo.doctor.text import Corpus
 WORST, LONGEST = 10, 2000
 # Beyond this many words a comparison word by word takes too long, and helps nobody.
 COMPARED_WORDS = 400
+NO_PLOT = 'No plot: drawing needs matplotlib (pip install -e ".[plot]").'
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; }
@@ -96,12 +97,21 @@ def _section(check: Check, corpus: Corpus) -> str:
 
 
 def _row(row: int, why: str, corpus: Corpus) -> str:
-    chosen, rejected = side_by_side(corpus.chosen[row], corpus.rejected[row])
+    sides = [("chosen", corpus.chosen[row]), ("rejected", corpus.rejected[row])]
+    return row_html(corpus.source(row), why, corpus.question[row], sides)
+
+
+def row_html(source: str, why: str, question: str, sides: Sequence[tuple[str, str]]) -> str:
+    """A row: its place, why it is shown, its question and its responses by name, two of them compared."""
+    texts = [text for _, text in sides]
+    marked = side_by_side(*texts) if len(texts) == 2 else [escape(_cut(text)) for text in texts]
+    columns = "".join(
+        f'<div><b>{escape(name)}</b><div class="text">{text}</div></div>'
+        for (name, _), text in zip(sides, marked, strict=True)
+    )
     return (
-        f'<div class="row"><p><span class="place">{escape(corpus.source(row))}</span><br>{escape(why)}</p>'
-        f'<div class="text prompt">{escape(_cut(corpus.question[row]))}</div>'
-        f'<div class="pair"><div><b>chosen</b><div class="text">{chosen}</div></div>'
-        f'<div><b>rejected</b><div class="text">{rejected}</div></div></div></div>'
+        f'<div class="row"><p><span class="place">{escape(source)}</span><br>{escape(why)}</p>'
+        f'<div class="text prompt">{escape(_cut(question))}</div><div class="pair">{columns}</div></div>'
     )
 
 
@@ -128,7 +138,7 @@ def _plot(values: Mapping[str, np.ndarray]) -> str:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "<p>No plot: drawing needs matplotlib (pip install -e &quot;.[plot]&quot;).</p>"
+        return f"<p>{escape(NO_PLOT)}</p>"
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
     together = np.concatenate([np.asarray(value, dtype=float) for value in values.values()])
@@ -138,7 +148,12 @@ def _plot(values: Mapping[str, np.ndarray]) -> str:
         axis.hist(np.clip(value, low, high), bins=edges, alpha=0.55, label=name)
     axis.set_ylabel("rows")
     axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="{escape(", ".join(values))}" src="data:image/png;base64,{data}">'
+    return picture(figure, ", ".join(values))
+
+
+def picture(figure: Any, alt: str) -> str:
+    """A matplotlib figure inside the page."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100, metadata={"Software": None})
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

@@ -29,8 +29,11 @@ def summary(checks: Sequence[Check], corpus: Corpus) -> str:
         lines += ["", f"{number}. {check.question} {check.summary}.", f"   {check.advice}"]
         lines += [f"   {corpus.source(row)}: {why}" for row, why in list(check.rows.items())[:PLACES]]
     counts = ", ".join(f"{sum(c.verdict == verdict for c in checks)} {verdict}" for verdict in reversed(VERDICTS))
-    # Whatever a row holds, a terminal is not to obey it.
-    text = "\n".join([*lines, "", f"{len(corpus):,} rows: {counts}"])
+    return printable("\n".join([*lines, "", f"{len(corpus):,} rows: {counts}"]))
+
+
+def printable(text: str) -> str:
+    """Whatever a row holds, a terminal is not to obey it."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
