@@ -4,7 +4,6 @@ Every token of prompt and responses, in training's own encoding: which are promp
 A wrong template shows at once: headers without special tokens, a missing system turn, a response without its end.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ from dpo.build import model_dir, read_datasets
 from dpo.config import AT_LEAST_1, TrainConfig, check_values
 from dpo.formats import NUMBERS, BadRow, Example
 from dpo.tokens import Encoded, encode_batch, sides
-from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset
+from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset, while_read
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 
@@ -57,12 +56,8 @@ ConfigStore.instance().store(name="show_schema", node=ShowConfig)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="show")
 def main(cfg: DictConfig) -> None:
-    with one_line_errors():
-        try:
-            show(cfg, colour=sys.stdout.isatty())
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read has enough (`| head`), and Python is not to try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with one_line_errors(), while_read():
+        show(cfg, colour=sys.stdout.isatty())
 
 
 def command() -> None:

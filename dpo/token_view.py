@@ -8,7 +8,6 @@ The reference is what the run started from, whether its loss reads one or not, a
 ld_alpha says.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dpo.reference import Reference
 from dpo.show import COLOURS, LEGEND, cut_line, numbers_of, paint, pieces, token_lines, visible
 from dpo.tokens import Encoded, sides
 from dpo.trainer import to_stream
-from models.command import CONF, one_line_errors, prepare_command_line
+from models.command import CONF, one_line_errors, prepare_command_line, while_read
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import choose_device
@@ -64,12 +63,8 @@ ConfigStore.instance().store(name="token_view_schema", node=TokenViewConfig)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="token_view")
 def main(cfg: DictConfig) -> None:
-    with one_line_errors():
-        try:
-            view(cfg, colour=sys.stdout.isatty())
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read has enough (`| head`), and Python is not to try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with one_line_errors(), while_read():
+        view(cfg, colour=sys.stdout.isatty())
 
 
 def command() -> None:

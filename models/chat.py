@@ -9,7 +9,6 @@ import difflib
 import io
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -69,13 +68,10 @@ ConfigStore.instance().store(name="chat_schema", node=ChatConfig)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="chat")
 def main(cfg: DictConfig) -> None:
-    with one_line_errors():
+    with one_line_errors(), while_read():
         chat = Chat(cfg)
-        try:
-            with packed(chat.model):
-                talk(chat)
-        except BrokenPipeError:  # whoever read has enough (`| head -1`), and Python is not to try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with packed(chat.model):
+            talk(chat)
 
 
 def check(cfg: DictConfig) -> None:

@@ -64,6 +64,16 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def while_read() -> Iterator[None]:
+    """What is printed within goes to whoever reads it for as long as they do (`| head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # they have enough, and Python is not to try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def prepare_command_line(schema: type) -> None:
     """Replace sys.argv by its expansion (see expand_arguments), and print the notes."""
     with one_line_errors():

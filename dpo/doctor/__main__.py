@@ -27,7 +27,7 @@ from dpo.doctor.shortcuts import check_shortcuts
 from dpo.doctor.structure import check_structure
 from dpo.doctor.text import Corpus
 from dpo.doctor.topic import check_topic
-from models.command import CONF, one_line_errors, prepare_command_line, refuse_unset
+from models.command import CONF, one_line_errors, prepare_command_line, refuse_unset, while_read
 
 
 @dataclass
@@ -70,7 +70,7 @@ ConfigStore.instance().store(name="doctor_schema", node=DoctorConfig)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="doctor")
 def main(cfg: DictConfig) -> None:
-    with one_line_errors():
+    with one_line_errors(), while_read():
         examine(cfg)
 
 
@@ -122,16 +122,16 @@ def examine(cfg: DictConfig) -> list[Check]:
 
         checks += checks_with_model(examples, cfg)
 
-    print(summary(checks, corpus))
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     about = {"dataset": ", ".join(map(str, files)), "sha256": ", ".join(map(_sha256, files))}
     write_json(output / "report.json", checks, corpus, about)
     write_page(output / "report.html", checks, corpus, about)
-    print(f"report: {output / 'report.html'}, {output / 'report.json'}")
+    told = [summary(checks, corpus), f"report: {output / 'report.html'}, {output / 'report.json'}"]
     if export:
         kept, left_out = export_rows(cfg, sources, export, dropped(checks))
-        print(f"export: {kept:,} rows in {export}, {left_out:,} left out, in {dropped_path(export)}")
+        told.append(f"export: {kept:,} rows in {export}, {left_out:,} left out, in {dropped_path(export)}")
+    print("\n".join(told))  # when all is written: whoever reads may have enough of it
     return checks
 
 

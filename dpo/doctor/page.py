@@ -31,7 +31,7 @@ tr + tr td { border-top: 1px solid #ddd; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: .5rem; border-radius: .3rem;
   max-height: 24rem; overflow: auto; font-size: 14px; }
 .row { border-left: 3px solid #ccc; padding-left: .8rem; margin: 1rem 0; } .prompt { background: #eef2f7; }
-mark { background: #ffe08a; } img { max-width: 100%; } summary { cursor: pointer; }
+mark { background: #ffe08a; } img { max-width: 100%; } pre { white-space: pre-wrap; } summary { cursor: pointer; }
 .place { color: #666; font-size: 13px; }
 """
 
