@@ -21,7 +21,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset
+from models.command import ANY, CONF, one_line_errors, prepare_command_line, refuse_unset, while_read
 from models.generate import StopStrings, stream_tokens
 from models.lora import load_adapter, read_adapter_config
 from models.packed import packed
