@@ -110,13 +110,24 @@ def undisturbed(undisturbed_of) -> tuple[Path, float]:
     return undisturbed_of("LoRA")
 
 
+def assert_same_result(folder: Path, undisturbed: Path) -> None:
+    """Result and metrics, to the bit."""
+    assert rows(folder) == rows(undisturbed)
+    (name,) = (path.name for path in undisturbed.glob("*.safetensors"))
+    assert_equal_files(folder / name, undisturbed / name)
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    tensors, expected = read_tensors(one), read_tensors(other)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items()), one
+
+
 def assert_same(folder: Path, undisturbed: Path, *also_saved: int) -> None:
     """Result, optimiser, moving reference and metrics, to the bit. A signal saves after any step."""
-    assert rows(folder) == rows(undisturbed)
-    (result,) = (path.name for path in undisturbed.glob("*.safetensors"))
-    for name in (result, f"checkpoint-12/{OPTIMIZER}", "checkpoint-12/objective.safetensors"):
-        one, other = read_tensors(folder / name), read_tensors(undisturbed / name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert_same_result(folder, undisturbed)
+    for name in (OPTIMIZER, "objective.safetensors"):
+        assert_equal_files(folder / "checkpoint-12" / name, undisturbed / "checkpoint-12" / name)
     newest = sorted({*range(2, 13, 2), *also_saved})[:-4:-1]
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in newest]
     assert not [path for path in checkpoints(folder) if damage(path)]
