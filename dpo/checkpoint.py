@@ -110,7 +110,8 @@ def save_checkpoint(
     """
     tensors = {OPTIMIZER: optimizer_tensors(policy, optimizer), OBJECTIVE: dict(objective)}
     # One by one: a moving reference has names of the weights that it follows.
-    for named in (trainable(policy), *tensors.values()):
+    _refuse_not_finite(target, trainable(policy))
+    for named in tensors.values():
         _refuse_not_finite(target, named)
 
     def fill(directory: Path) -> None:
