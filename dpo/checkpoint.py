@@ -14,8 +14,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,21 @@ STATE_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def save_result(policy: Transformer, target: Path, *, base_model: str, source_dir: Path, lora_dropout: float) -> None:
-    """The trained part of `policy`: an adapter in PEFT's format, or a whole model in Hugging Face's."""
+    """The trained part of `policy`: an adapter in PEFT's format, or a whole model in Hugging Face's.
+
+    NotFinite, and nothing written, where a weight is not.
+    """
+    _refuse_not_finite(target, trainable(policy))
     if lora_layers(policy):
         save_adapter(policy, target, base_model=base_model, dropout=lora_dropout)
     else:
         save_model(policy, target, source_dir=source_dir)
+
+
+def _refuse_not_finite(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NotFinite(f"{target}: not written, {name} is not finite; go back to an earlier checkpoint-N")
 
 
 def save_checkpoint(
@@ -100,9 +110,9 @@ def save_checkpoint(
     """
     tensors = {OPTIMIZER: optimizer_tensors(policy, optimizer), OBJECTIVE: dict(objective)}
     # One by one: a moving reference has names of the weights that it follows.
-    for name, tensor in chain(trainable(policy).items(), *(named.items() for named in tensors.values())):
-        if not bool(tensor.isfinite().all()):
-            raise NotFinite(f"{target}: not written, {name} is not finite; an earlier one is the last good one")
+    _refuse_not_finite(target, trainable(policy))
+    for named in tensors.values():
+        _refuse_not_finite(target, named)
 
     def fill(directory: Path) -> None:
         save_result(policy, directory, **result)
@@ -132,7 +142,12 @@ def keep_newest(run_dir: Path, limit: int, keep: Path | None) -> None:
     """Remove all but the `limit` newest checkpoints of a run, and never `keep`, nor a damaged one."""
     for path in checkpoints(run_dir)[limit:]:
         if path != keep and damage(path) is None:
-            shutil.rmtree(path, ignore_errors=True)  # a link, or a directory that another process looks into, may stay
+            with suppress(OSError):
+                path.rename(
+                    path.with_name(f"{path.name}.removed")
+                )  # a half of it would look damaged, and stay for good
+    for path in run_dir.glob("checkpoint-*.removed"):  # also of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)  # a link, or a directory that another process looks into, may stay
 
 
 def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:

@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -185,6 +186,7 @@ def _locked(path: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        time.sleep(0.2)  # its holder may have begun just now, and not have written its name yet
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()

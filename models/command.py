@@ -54,7 +54,10 @@ WITHOUT_EFFECT: dict[str, Any] = {
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with `error: ...` on what a user can get wrong. HYDRA_FULL_ERROR=1 shows the traceback."""
+    """Ends the program with `error: ...` on what a user can get wrong. HYDRA_FULL_ERROR=1 shows the traceback.
+
+    Ctrl-C where nothing listens to it is no error: exit status 130.
+    """
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -62,6 +65,9 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

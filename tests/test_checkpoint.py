@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_durable import dying_at, fill, in_a_child
 from torch import Tensor
 
 from dpo.checkpoint import (
@@ -16,11 +17,14 @@ from dpo.checkpoint import (
     STATE,
     STATE_RULES,
     TrainerState,
+    checkpoints,
+    keep_newest,
     load_checkpoint,
     optimizer_tensors,
     save_checkpoint,
     trainable,
 )
+from dpo.durable import damage, write_whole
 from dpo.optim import build_optimizer
 from models.config import parse_model_config
 from models.lora import ADAPTER_WEIGHTS, inject_lora
@@ -203,3 +207,19 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run.load(source)
+
+
+def test_a_process_that_dies_while_it_removes_a_checkpoint_leaves_no_half_of_one(tmp_path):
+    """At whatever call into the file system; what is left of it goes the next time."""
+    for call in range(1, 100):
+        run = tmp_path / str(call)
+        run.mkdir()
+        for step in (1, 2):
+            write_whole(run / f"checkpoint-{step}", fill("one"))
+        status = in_a_child(lambda call=call, run=run: (dying_at(call), keep_newest(run, 1, keep=None)))
+        assert not [path for path in checkpoints(run) if damage(path)], f"call {call}"
+        keep_newest(run, 1, keep=None)
+        assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
+        if status == 0:
+            break
+    assert 5 < call < 99  # so many calls there were to die at

@@ -441,6 +441,13 @@ def test_an_error_of_many_lines_is_shown_in_one(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: first second\n"
 
 
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    """While data and models are read; training listens to it itself."""
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
+
+
 def test_hydra_full_error_shows_the_traceback_and_a_bug_is_never_hidden(monkeypatch):
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("a bug of ours")

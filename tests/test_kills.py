@@ -1,15 +1,20 @@
 """A run that is killed, signalled, or meets a full disk or numbers that are not finite.
 
-Kills are of forked children, so that each begins in milliseconds. DPO_KILLS=60 is the long form; the short one is 4.
+Kills are of forked children, so that each begins in milliseconds. DPO_KILLS=60 is the long form, of every kind of
+training; the short one is 4 kills of LoRA and 1 of each other kind.
 """
 
 import json
 import os
 import random
+import re
 import resource
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +24,9 @@ from test_trainer import adapter, config, rows
 from dpo import preference, trainer
 from dpo.checkpoint import OPTIMIZER, checkpoints
 from dpo.durable import damage
+from dpo.signals import StopRequest
 from dpo.trainer import Trainer
+from models.command import one_line_errors
 from models.weights import read_tensors
 from train import train
 
@@ -29,6 +36,11 @@ RUN = [
     "eval_strategy=steps", "eval_steps=4", "per_device_train_batch_size=2", "gradient_accumulation_steps=2",
     "sync_ref_model=true", "ref_model_sync_steps=3", "save_total_limit=3", "lr_scheduler_type=constant",
 ]  # fmt: skip
+KINDS = {
+    "LoRA": [], "LoRA in bf16": ["bf16=true"], "full": ["finetuning_type=full"],
+    "full in bf16": ["finetuning_type=full", "bf16=true"],
+}  # fmt: skip
+SAYS: dict[Path, int] = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,24 +53,30 @@ def one_thread():
 
 
 def start(folder: Path, *overrides: str, before: Callable[[], object] = lambda: None) -> int:
-    """The process id of a child that trains in `folder`, from the newest checkpoint where there is one."""
+    """The process id of a child that trains in `folder`, from the newest checkpoint where there is one.
+
+    What it says can be read by `said`: a pipe, which a limit on the size of files does not touch.
+    """
+    if folder in SAYS:
+        os.close(SAYS.pop(folder))
+    SAYS[folder], says = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+            sys.stdout = sys.stderr = os.fdopen(says, "w", buffering=1)
             before()
             resume = "resume_from_checkpoint=true" if checkpoints(folder) else "overwrite_output_dir=true"
-            train(config(folder, *RUN, resume, *overrides))
+            with one_line_errors():
+                train(config(folder, *RUN, resume, *overrides))
             status = 0
         except SystemExit as error:
             status = int(str(error.code))
-        except (ValueError, OSError):
-            status = 2
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
+    os.close(says)
     return child
 
 
@@ -66,81 +84,217 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def said(folder: Path) -> str:
+    """What the last child in `folder` said, which has ended."""
+    with os.fdopen(SAYS.pop(folder)) as file:
+        return file.read()
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Path, float]:
-    """A run that nothing happens to, and its seconds."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    begin = time.monotonic()
-    assert wait(start(folder)) == 0
-    return folder, time.monotonic() - begin
+def undisturbed_of(tmp_path_factory) -> Callable[[str], tuple[Path, float]]:
+    """Of a kind of training a run that nothing happens to, and its seconds."""
+    train(config(tmp_path_factory.mktemp("first"), "max_steps=1"))  # what is loaded once, children need not load again
+
+    @cache
+    def run(kind: str) -> tuple[Path, float]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        begin = time.monotonic()
+        assert wait(start(folder, *KINDS[kind])) == 0
+        return folder, time.monotonic() - begin
+
+    return run
 
 
-def assert_same(folder: Path, undisturbed: Path) -> None:
-    """Result, optimiser, moving reference and metrics, to the bit."""
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_of) -> tuple[Path, float]:
+    return undisturbed_of("LoRA")
+
+
+def assert_same_result(folder: Path, undisturbed: Path) -> None:
+    """Result and metrics, to the bit."""
     assert rows(folder) == rows(undisturbed)
-    for name in ("adapter_model.safetensors", f"checkpoint-12/{OPTIMIZER}", "checkpoint-12/objective.safetensors"):
-        one, other = read_tensors(folder / name), read_tensors(undisturbed / name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-12", "checkpoint-10", "checkpoint-8"]
+    (name,) = (path.name for path in undisturbed.glob("*.safetensors"))
+    assert_equal_files(folder / name, undisturbed / name)
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    tensors, expected = read_tensors(one), read_tensors(other)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items()), one
+
+
+def assert_same(folder: Path, undisturbed: Path, *also_saved: int) -> None:
+    """Result, optimiser, moving reference and metrics, to the bit. A signal saves after any step."""
+    assert_same_result(folder, undisturbed)
+    for name in (OPTIMIZER, "objective.safetensors"):
+        assert_equal_files(folder / "checkpoint-12" / name, undisturbed / "checkpoint-12" / name)
+    newest = sorted({*range(2, 13, 2), *also_saved})[:-4:-1]
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in newest]
     assert not [path for path in checkpoints(folder) if damage(path)]
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_random_times_end_as_the_one_that_was_not(tmp_path, undisturbed):
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_that_are_killed_at_random_times_end_as_the_one_that_was_not(tmp_path, undisturbed_of, kind):
     """Each run is killed until it gets through; the times reach from its first line to after its last."""
-    expected, seconds = undisturbed
-    draw = random.Random(KILLS)
+    begin = time.monotonic()
+    expected, seconds = undisturbed_of(kind)
+    wanted = KILLS if KILLS > 4 or kind == "LoRA" else 1
+    draw = random.Random(wanted)
     kills = finished = 0
     folder = tmp_path / "0"
-    while kills < KILLS or finished * 10 < KILLS:
-        child = start(folder)
+    while kills < wanted or finished * 10 < wanted:
+        child = start(folder, *KINDS[kind])
         limit = time.monotonic() + draw.uniform(0, 1.1 * seconds)
-        if kills < KILLS:
+        if kills < wanted:
             while time.monotonic() < limit and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(0.001)
             os.kill(child, signal.SIGKILL)
         status = wait(child)
         kills += status == -signal.SIGKILL
-        assert status in (0, -signal.SIGKILL)
+        assert status in (0, -signal.SIGKILL), said(folder)
         if status == 0:
             finished += 1
             assert_same(folder, expected)
             folder = tmp_path / str(finished)
-    print(f"{kills} kills, {finished} runs got through, all equal to the undisturbed one")
+    print(
+        f"{kind}: {kills} kills, {finished} runs got through, all equal to the undisturbed one, "
+        f"{time.monotonic() - begin:.0f} s"
+    )
+
+
+def stopped_after(folder: Path, output: str, status: int, number: signal.Signals) -> int:
+    """The step after which a run said that this signal stopped it: its newest checkpoint's."""
+    assert status == 128 + number
+    (step, kept) = re.search(rf"stopped by {number.name} after step (\d+)/12: (.*)", output).groups()
+    saved = checkpoints(folder)
+    assert kept.startswith(f"{saved[0]} holds it" if step != "0" else "nothing of it is kept")
+    assert [path.name for path in saved[:1]] == ([f"checkpoint-{step}"] if step != "0" else [])
+    return int(step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves_with_its_status(tmp_path, undisturbed, number, status):
-    """Between two micro-batches: the update in progress is dropped, and made again by the resumed run."""
-    real = Trainer._share_of_loss
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_time_saves_the_step_and_leaves_with_its_status(tmp_path, undisturbed, number):
+    """143 or 130. Before the first update nothing listens yet, and the signal does what it does to any program; after
+    the last the run is whole, and ends as if there had been none."""
+    begin = time.monotonic()
+    expected, seconds = undisturbed
+    draw = random.Random(number)
+    real_update, real_note = Trainer.update, StopRequest._note
 
-    def signalled() -> None:
-        def share(self, *arguments):
-            if self.step == 5:
-                os.kill(os.getpid(), number)
-            return real(self, *arguments)
+    def noting() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own says a traceback
 
-        Trainer._share_of_loss = share
+        def update(self, *arguments):
+            Trainer.now = self.step
+            return real_update(self, *arguments)
 
-    assert wait(start(tmp_path / "a", before=signalled)) == status
-    assert [path.name for path in checkpoints(tmp_path / "a")] == ["checkpoint-5", "checkpoint-4", "checkpoint-2"]
-    assert wait(start(tmp_path / "a")) == 0
-    assert rows(tmp_path / "a") == rows(undisturbed[0])
-    assert all(torch.equal(t, adapter(undisturbed[0])[name]) for name, t in adapter(tmp_path / "a").items())
+        def note(self, *arguments):
+            print(f"heard in update {getattr(Trainer, 'now', 0)}")
+            real_note(self, *arguments)
+
+        Trainer.update, StopRequest._note = update, note
+
+    statuses: dict[int, int] = {}
+    for trial in range(max(1, KILLS // 3)):
+        folder = tmp_path / str(trial)
+        child = start(folder, before=noting)
+        time.sleep(draw.uniform(0, 1.1 * seconds))
+        os.kill(child, number)
+        status = wait(child)
+        statuses[status] = statuses.get(status, 0) + 1
+        also = []
+        if status not in (0, -number):
+            heard = int(re.search(r"heard in update (\d+)", output := said(folder))[1])
+            also = [stopped_after(folder, output, status, number)]
+            assert also[0] - heard in (0, 1)
+        if status != 0:
+            assert wait(start(folder)) == 0, said(folder)
+        assert_same(folder, expected, *also)
+    print(
+        f"{number.name}: exit statuses {statuses}, all ended as the undisturbed one, {time.monotonic() - begin:.0f} s"
+    )
+
+
+def interrupting(where: str, step: int, *numbers: signal.Signals) -> Callable[[], None]:
+    """Signals in the middle of the first or the second micro-batch after `step` updates, or of the evaluation there."""
+
+    def before() -> None:
+        coming: list[str] = []
+        real_losses, real_update, real_evaluate = (
+            preference.PreferenceObjective.losses,
+            Trainer.update,
+            Trainer.evaluate,
+        )
+
+        def update(self, *arguments):
+            coming[:] = ["first", "second"] if self.step == step else []
+            return real_update(self, *arguments)
+
+        def evaluate(self, *arguments):
+            coming[:] = ["evaluation"] if self.step == step else []
+            return real_evaluate(self, *arguments)
+
+        def losses(self, measured):
+            if coming and coming.pop(0) == where:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return real_losses(self, measured)
+
+        preference.PreferenceObjective.losses, Trainer.update, Trainer.evaluate = losses, update, evaluate
+
+    return before
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    def twice() -> None:
-        def evaluate(*_):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
+@pytest.mark.parametrize("where", ["first", "second", "evaluation"])
+def test_a_signal_within_an_update_drops_it_and_within_an_evaluation_lets_it_end(tmp_path, undisturbed, where):
+    """In the first of two micro-batches the update is dropped, and made again by the resumed run; in the second it is
+    made. An evaluation is ended and logged, once."""
+    draw = random.Random(where)
+    for trial in range(max(1, KILLS // 6)):
+        folder, number = tmp_path / str(trial), draw.choice([signal.SIGTERM, signal.SIGINT])
+        step = draw.choice([4, 8]) if where == "evaluation" else draw.randrange(11)
+        status = wait(start(folder, before=interrupting(where, step, number)))
+        expected = step + (where == "second")
+        assert stopped_after(folder, said(folder), status, number) == expected
+        assert wait(start(folder)) == 0
+        assert_same(folder, undisturbed[0], expected)
 
-        trainer.evaluate = evaluate
 
-    assert wait(start(tmp_path / "a", before=twice)) == -signal.SIGTERM
+@pytest.mark.slow
+def test_a_signal_in_the_last_evaluation_changes_nothing(tmp_path, undisturbed):
+    assert wait(start(tmp_path / "a", before=interrupting("evaluation", 12, signal.SIGTERM))) == 0
+    assert_same(tmp_path / "a", undisturbed[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)],
+)
+def test_a_second_signal_ends_the_process_at_once(tmp_path, undisturbed, first, second):
+    """Without a checkpoint of its own; the ones before it are as good as ever."""
+    draw = random.Random(first + second)
+    for trial in range(max(1, KILLS // 12)):
+        step = draw.randrange(12)
+        folder, where = tmp_path / str(trial), draw.choice(["first", "second"])
+        assert wait(start(folder, before=interrupting(where, step, first, second))) == -second
+        assert [path.name for path in checkpoints(folder)][:1] == [f"checkpoint-{step // 2 * 2}"] * (step > 1)
+        assert wait(start(folder)) == 0
+        assert_same(folder, undisturbed[0])
+
+
+@pytest.mark.parametrize("cut", [(4, 1), (1, 4), (4, 2)])
+def test_a_resume_with_another_cut_of_the_batch_is_refused(tmp_path, cut):
+    """Of as many rows it would be another run by rounding, of more rows by its data."""
+    train(config(tmp_path / "a", *RUN, "max_steps=2", "eval_strategy=no"))
+    before = rows(tmp_path / "a")
+    other = [f"per_device_train_batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"]
+    with pytest.raises(ValueError, match=rf"per_device_train_batch_size={cut[0]}: the run in .* was made with .*=2;"):
+        train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true", *other))
+    assert rows(tmp_path / "a") == before
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """The run directory: no run is lost by accident, TensorBoard shows what metrics.jsonl holds, a sweep is one table."""
 
 import csv
+import fcntl
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,15 @@ def test_resuming_keeps_everything(tmp_path, overwrite):
     new_run(tmp_path, overwrite=overwrite, resume=True).close()
     assert logged(tmp_path) == [TRAIN]
     assert (tmp_path / "checkpoint-5" / "trainer_state.json").exists() and (tmp_path / "results.json").exists()
+
+
+def test_a_process_that_has_just_begun_to_train_is_named(tmp_path):
+    """Between its lock and its name lie a few instructions."""
+    with open(tmp_path / "run.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(0.05, lambda: print("process 7 on host", file=lock, flush=True)).start()
+        with pytest.raises(ValueError, match=f"output_dir={tmp_path}: process 7 on host is training in it; wait"):
+            new_run(tmp_path)
 
 
 # --- what it holds ---
