@@ -80,7 +80,6 @@ class Samples:
         self, policy: Transformer, prompts: Sequence[list[int]], texts: Sequence[list[int]]
     ) -> tuple[list[float], list[float]]:
         """Sums over the tokens of each text, nats."""
-        policy.eval()
         sums: list[list[float]] = [[], []]
         for i in range(0, len(prompts), BATCH_SIZE):
             part = slice(i, i + BATCH_SIZE)
