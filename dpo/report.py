@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo.diagnostics import Alarm
 from dpo.run import RunDir, is_evaluation
-from dpo.samples import printable
+from dpo.samples import at_two_steps, printable
 
 HEALTHY_LOSS = (0.3, 0.6)
 SHOWN_SAMPLES = 8
@@ -107,8 +107,7 @@ def answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["None were drawn (num_samples)."]
     first, last = rows[0]["step"], rows[-1]["step"]
     texts = []
-    before, after = ([row for row in rows if row["step"] == step][:SHOWN_SAMPLES] for step in (first, last))
-    for old, new in zip(before, after, strict=False):
+    for old, new in at_two_steps(rows, first, last)[:SHOWN_SAMPLES]:
         kl = "" if new["kl"] is None else f", KL {new['kl']:.2f} nats"
         said = f"prompt: {old['prompt']}\n\nstep {first}: {old['response']}\n\nstep {last}{kl}: {new['response']}"
         texts.append(fenced(printable(said)))
