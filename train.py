@@ -113,7 +113,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if isinstance(objective, PreferenceObjective):
             reference, loss = objective.reference, objective.loss
             total = Plan.of(cfg, len(rows.train)).total_steps
-            facts = Facts(loss.beta, loss.needs_reference, loss.start(), total, len(rows.evaluation))
+            # Rows with weights or margins of their own start elsewhere, and so does a policy beside its reference.
+            plain = starts_at_its_reference(cfg) and not any(row.has_numbers for row in rows.train)
+            start = loss.start() if plain else None
+            facts = Facts(loss.beta, loss.needs_reference, start, total, len(rows.evaluation))
         probes = probes_of(cfg, template, rows, reference, run_dir.samples)
         trainer = Trainer(
             cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir, probes=probes, facts=facts

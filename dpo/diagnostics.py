@@ -61,10 +61,8 @@ class Diagnosis:
     def start_and_now(self, metric: str) -> tuple[float, float] | None:
         """A metric of the samples before the first update, and in the newest evaluation that has it."""
         key = f"eval_completions/{metric}"
-        values = [row[key] for row in self.evaluations if key in row]
-        if len(values) < 2 or self.evaluations[0]["step"] != 0:
-            return None
-        return values[0], values[-1]
+        rows = [row for row in self.evaluations if key in row]
+        return (rows[0][key], rows[-1][key]) if len(rows) > 1 and rows[0]["step"] == 0 else None
 
     def pairs(self) -> Row | None:
         """What is known of rows that are not trained on, or else of those that are: the newest."""
@@ -179,7 +177,8 @@ def noisy_labels(run: Diagnosis) -> str | None:
         return None
     accuracy, loss = pairs["rewards/accuracies"], pairs["loss"]
     if run.facts.held_out < ENOUGH_ROWS:  # then by the rows of the run's second half, before they were learned from
-        late = [row for row in run.training if row["step"] > total / 2]
+        # Without those whose updates were all skipped: they have nothing to say of pairs.
+        late = [row for row in run.training if row["step"] > total / 2 and "rewards/accuracies" in row]
         if not late or run.training[-1]["step"] < total:
             return None
         accuracy, loss = (sum(row[name] for row in late) / len(late) for name in ("rewards/accuracies", "loss"))
