@@ -51,7 +51,7 @@ NO_FIGURE = 'No figure: it needs `plot_loss=true` and matplotlib (`pip install -
 
 
 def verdicts(training: Sequence[Row], evaluations: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """(yes, no or -, question, numbers) for each of the guide's questions, of the last row that was logged."""
+    """(yes or no, question, numbers) for each of the guide's questions, of the last row that was logged."""
     held_out = [row for row in evaluations if "eval_loss" in row]
     last = {k.removeprefix("eval_"): v for k, v in held_out[-1].items()} if held_out else training[-1]
     of = "held-out rows" if held_out else "the last rows trained on"
@@ -60,7 +60,8 @@ def verdicts(training: Sequence[Row], evaluations: Sequence[Row]) -> list[tuple[
     found = [(yes(low <= loss <= high), f"Did the loss of {of} end between {low} and {high}?", how_low(loss))]
     if "rewards/margins" in last:
         chosen, rejected, margins = (last[f"rewards/{name}"] for name in ("chosen", "rejected", "margins"))
-        first = training[0]["rewards/margins"]
+        # A line whose updates were all skipped has none.
+        first = next((row["rewards/margins"] for row in training if "rewards/margins" in row), 0.0)
         found += [
             (yes(chosen > 0), "Did chosen rewards rise?", f"{chosen:+.3g} from 0{BOTH_FALL if chosen < 0 else ''}"),
             (yes(rejected < 0), "Did rejected rewards fall?", f"{rejected:+.3g} from 0"),
