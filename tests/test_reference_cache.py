@@ -454,6 +454,9 @@ def test_only_rows_that_a_run_gets_to_are_computed(tmp_path, capsys):
     assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
     train(config(tmp_path / "b", *cached, "val_size=2", "eval_strategy=no", "ref_cache_dir=" + str(tmp_path / "other")))
     assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
+    other = [*cached, "val_size=2", "eval_strategy=no", f"ref_cache_dir={tmp_path / 'other'}"]
+    train(config(tmp_path / "d", *other, "eval_on_start=true"))
+    assert "4 of 6 rows found, 2 computed" in capsys.readouterr().out
     train(config(tmp_path / "c", "val_size=2", "do_train=false", "ref_cache_dir=" + str(tmp_path / "third")))
     assert "0 of 2 rows found, 2 computed" in capsys.readouterr().out
 
