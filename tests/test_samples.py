@@ -120,18 +120,22 @@ def answering(monkeypatch, *answers: tuple[list[int], str]) -> None:
 
 
 def test_metrics_are_those_counted_by_hand(template, tmp_path, monkeypatch):
-    """Two answers, of 9 tokens without end, and of 2 with it (so 3).
+    """Answers of 9 and 6 tokens without end, and of 2 with it (so 3): mean 6, variance 9, standard error 3 / sqrt 3.
 
-    4-grams of 1 2 1 2 1 2 1 2 3: 1212 2121 1212 2121 1212 2123, 3 of 6 repeat; the other has none. Neighbours: 12 21 12
-    21 12 21 12 23, and 12 and 2E: 10, of which 12 21 23 2E are distinct. Lengths 9 and 3: mean 6, standard error 3.
+    4-grams of 1 2 1 2 1 2 1 2 3: 1212 2121 1212 2121 1212 2123, 3 of 6 repeat; the others have none. Neighbours: 12 21
+    12 21 12 21 12 23, 5 that differ, and 12 and 2E: 15, of which 12 21 23 2E and the 5 are distinct. A head of zeros
+    is sure of nothing: log V a token.
     """
-    answering(monkeypatch, ([1, 2, 1, 2, 1, 2, 1, 2, 3], "length"), ([1, 2], "stop"))
-    metrics = samples_of(template, tmp_path, number=2)(small_model(), 0)
-    assert metrics.pop("eval_completions/entropy") > 0
-    assert metrics == {
-        "eval_completions/mean_length": 6, "eval_completions/length_se": pytest.approx(3),
-        "eval_completions/clipped_ratio": 0.5, "eval_completions/rep_4": pytest.approx(0.25),
-        "eval_completions/distinct_2": pytest.approx(0.4),
+    answering(
+        monkeypatch, ([1, 2, 1, 2, 1, 2, 1, 2, 3], "length"), ([5, 6, 7, 8, 9, 10], "length"), ([1, 2], "stop")
+    )  # fmt: skip
+    policy = small_model()
+    policy.head_weight_VD.zero_()
+    assert samples_of(template, tmp_path, number=3)(policy, 0) == {
+        "eval_completions/mean_length": 6, "eval_completions/length_se": pytest.approx(math.sqrt(3)),
+        "eval_completions/clipped_ratio": pytest.approx(2 / 3), "eval_completions/rep_4": pytest.approx(1 / 6),
+        "eval_completions/distinct_2": pytest.approx(9 / 15),
+        "eval_completions/entropy": pytest.approx(math.log(VOCABULARY)),
     }  # fmt: skip
 
 
