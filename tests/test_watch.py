@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_trainer import OBJECTIVES, config, objective_of, random_rows, small_config, small_model
+from test_trainer import rows as rows_of
 
 from dpo.diagnostics import Facts
 from dpo.logprobs import gather_logps
@@ -226,13 +227,13 @@ def test_a_resumed_run_has_the_ledger_and_samples_of_the_uninterrupted_one_to_th
     """From step 2 of 6, between two logs; later lines, and one cut short, are taken back."""
     run = tmp_path / "run"
     train(config(run, *RESUMED))
-    expected = {name: (run / name).read_bytes() for name in LOGS}
+    expected, metrics = {name: (run / name).read_bytes() for name in LOGS}, rows_of(run)
     for later in ("checkpoint-6", "checkpoint-4"):
         shutil.rmtree(run / later)
     for name in LOGS:
         (run / name).write_bytes(expected[name] + b'{"step": 7, "so')
     train(config(run, *RESUMED, "resume_from_checkpoint=true"))
-    assert {name: (run / name).read_bytes() for name in LOGS} == expected
+    assert {name: (run / name).read_bytes() for name in LOGS} == expected and rows_of(run) == metrics
     steps = Counter((line["split"], line["step"]) for line in ledger(run))
     assert steps == {("train", s): 4 for s in range(1, 7)} | {("eval", s): 4 for s in (2, 4, 6)}
 
