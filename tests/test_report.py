@@ -57,6 +57,10 @@ def test_a_run_that_learned_nothing_is_five_times_no():
     assert found[1][1].startswith("-0.2 from 0; usual where both fall")
 
 
+def test_what_has_not_moved_has_not_risen_fallen_or_grown():
+    assert [verdict for verdict, _ in said([training(1, 0.693, **START)])] == ["no"] * 5
+
+
 @pytest.mark.parametrize(
     ("loss", "verdict"), [(0.299, "no"), (0.3, "yes"), (0.6, "yes"), (0.601, "no"), (math.nan, "no")]
 )
@@ -171,7 +175,8 @@ def test_half_a_character_of_a_response_is_written_all_the_same(tmp_path):
     """A model may write one, and JSON holds it; UTF-8 does not."""
     run_dir = run_dir_of(tmp_path)
     run_dir.samples.append([*samples(0, one="a\ud83d"), *samples(4, one="b")])
-    assert "step 0: a" in report_of(run_dir)
+    text = report_of(run_dir, notes={"Start": "dataset: b\udce9.jsonl"})
+    assert "step 0: a" in text and "dataset: b\\udce9.jsonl" in text
 
 
 def test_a_cell_of_a_table_keeps_its_bars():
