@@ -113,7 +113,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if isinstance(objective, PreferenceObjective):
             reference, loss = objective.reference, objective.loss
             total = Plan.of(cfg, len(rows.train)).total_steps
-            facts = Facts(loss.beta, loss.needs_reference, loss.start(), total, len(rows.evaluation))
+            # Rows with weights or margins of their own start elsewhere, and so does a policy beside its reference.
+            plain = starts_at_its_reference(cfg) and not any(row.has_numbers for row in rows.train)
+            start = loss.start() if plain else None
+            facts = Facts(loss.beta, loss.needs_reference, start, total, len(rows.evaluation))
         probes = probes_of(cfg, template, rows, reference, run_dir.samples)
         trainer = Trainer(
             cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir, probes=probes, facts=facts
@@ -145,7 +148,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 why = "stopped by a signal" if isinstance(error, SystemExit) else str(error)
                 report(trainer, say, ended=f"It ended early: {why}.")
                 raise
-            report(trainer, say, ended="It came to its end.")
+            report(trainer, say, ended=f"It came to its end; its result is of update {trainer.result_step}.")
             print_before_and_after(trainer)
             STOPPED.extend([stop.exit_status] if stop.signal else [])  # after the last update: the run is whole
         else:
@@ -213,7 +216,7 @@ def probes_of(
 def report(trainer: Trainer, said: Sequence[str], ended: str) -> None:
     """Write report.md; that it cannot be written is no reason to lose a run."""
     step, total = trainer.step, trainer.plan.total_steps
-    ended += f" {step} of {total} updates were made; the result is the policy after {trainer.result_step}."
+    ended += f" {step} of {total} updates were made."
     alarms = trainer.watch.diagnosis.alarms.values() if trainer.watch.diagnosis else ()
     notes = {"Start": "\n".join(said)}
     try:

@@ -263,7 +263,7 @@ def _rows_read(cfg: DictConfig, rows: Rows) -> list[Encoded]:
     plan = Plan.of(cfg, len(rows.train))
     steps = min(plan.total_steps, plan.steps_per_epoch) if cfg.do_train else 0
     indices = sorted({i for step in range(steps) for i in plan.indices(step)})
-    evaluates = cfg.eval_strategy != "no" or not cfg.do_train
+    evaluates = cfg.eval_strategy != "no" or cfg.eval_on_start or not cfg.do_train
     return [rows.train[i] for i in indices] + list(rows.evaluation if evaluates else [])
 
 

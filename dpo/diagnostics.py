@@ -61,10 +61,8 @@ class Diagnosis:
     def start_and_now(self, metric: str) -> tuple[float, float] | None:
         """A metric of the samples before the first update, and in the newest evaluation that has it."""
         key = f"eval_completions/{metric}"
-        values = [row[key] for row in self.evaluations if key in row]
-        if len(values) < 2 or self.evaluations[0]["step"] != 0:
-            return None
-        return values[0], values[-1]
+        rows = [row for row in self.evaluations if key in row]
+        return (rows[0][key], rows[-1][key]) if len(rows) > 1 and rows[0]["step"] == 0 else None
 
     def pairs(self) -> Row | None:
         """What is known of rows that are not trained on, or else of those that are: the newest."""
@@ -90,7 +88,7 @@ def training_instability(run: Diagnosis) -> str | None:
     if len(run.training) > NORMS_BEFORE and math.isfinite(norms[-1]):
         before = [norm for norm in norms[:-1] if math.isfinite(norm)]
         typical = max(median(before), median(start)) if before else math.inf
-        if norms[-1] > NORM_SPIKE * typical:
+        if norms[-1] > NORM_SPIKE * typical > 0:
             return f"grad_norm {norms[-1]:.3g}, {norms[-1] / typical:.0f} times what was usual"
     loss, first = (run.training[-1]["loss"] if run.training else math.nan), run.facts.start
     if first is not None and first > 0 and loss > LOSS_SPIKE * first:
@@ -109,7 +107,7 @@ def likelihood_displacement(run: Diagnosis) -> str | None:
         return None
     ratio = pairs["rewards/chosen"] / run.facts.beta
     before = pairs["logps/chosen"] - ratio
-    if ratio < -LOST_NATS and ratio < LOST_SHARE * before:
+    if ratio < -LOST_NATS and ratio < LOST_SHARE * before < 0:
         lost = f"{-ratio:.3g} nats of log-likelihood, {ratio / before:.0%} on top of the reference's {before:.3g}"
         return f"chosen responses have lost {lost}, while margins are {pairs['rewards/margins']:.3g}"
     return None
@@ -126,7 +124,7 @@ def length_exploitation(run: Diagnosis) -> str | None:
     if lengths is None or errors is None or clipped is None or clipped[1] > clipped[0] + FEWER_ENDS:
         return None  # answers that no longer end are another failure
     # Two standard errors: more than the draw of a few answers does.
-    if lengths[1] > LONGER * lengths[0] and lengths[1] - lengths[0] > 2 * math.hypot(*errors):
+    if lengths[1] > LONGER * lengths[0] > 0 and lengths[1] - lengths[0] > 2 * math.hypot(*errors):
         return f"answers have {lengths[1]:.1f} tokens, {lengths[1] / lengths[0]:.2f} times as many as at the start"
     return None
 
@@ -149,7 +147,7 @@ KL_PER_TOKEN, WORSE = 0.3, 1.1
 def over_optimisation(run: Diagnosis) -> str | None:
     """Rafailov et al. 2024, arXiv:2406.02900."""
     kl, length = run.start_and_now("kl"), run.start_and_now("mean_length")
-    if kl and length and kl[1] > KL_PER_TOKEN * length[1]:
+    if kl and length and kl[1] > KL_PER_TOKEN * length[1] > 0:
         return f"KL(policy || reference) is {kl[1]:.1f} nats per answer, {kl[1] / length[1]:.2f} per token"
     losses = [row["eval_loss"] for row in run.evaluations if "eval_loss" in row]
     if len(losses) >= 3 and 0 < min(losses) * WORSE < min(losses[-2:]):
@@ -179,7 +177,8 @@ def noisy_labels(run: Diagnosis) -> str | None:
         return None
     accuracy, loss = pairs["rewards/accuracies"], pairs["loss"]
     if run.facts.held_out < ENOUGH_ROWS:  # then by the rows of the run's second half, before they were learned from
-        late = [row for row in run.training if row["step"] > total / 2]
+        # Without those whose updates were all skipped: they have nothing to say of pairs.
+        late = [row for row in run.training if row["step"] > total / 2 and "rewards/accuracies" in row]
         if not late or run.training[-1]["step"] < total:
             return None
         accuracy, loss = (sum(row[name] for row in late) / len(late) for name in ("rewards/accuracies", "loss"))

@@ -23,20 +23,26 @@ from models.transformer import Transformer
 def kl_and_entropy(policy: Transformer, reference: LiveReference | None, stream: Stream) -> tuple[Tensor, Tensor]:
     """(R,) KL(pi || ref) and (R,) entropy of pi at every position that predicts a response token, nats, at least 0.
 
-    Without a reference the KL is NaN.
+    Without a reference the KL is NaN. Dropout is off meanwhile.
     """
+    training = policy.training
+    policy.eval()
     policy_RD = predictors(policy, stream)
+    policy.train(training)
     reference_RD, reference_head_VD = policy_RD, policy.head_weight_VD
     if reference is not None:
         with reference.as_model() as model:
             reference_RD, reference_head_VD = predictors(model, stream), model.head_weight_VD
+    # Heads of one vocabulary may be padded to different sizes: Qwen2.5's are.
+    shared = slice(min(len(policy.head_weight_VD), len(reference_head_VD)))
     chunk = max(1, CHUNK_ELEMENTS // len(policy.head_weight_VD))
     kl, entropy = [], []
     for start in range(0, len(policy_RD), chunk):
         part = slice(start, start + chunk)
         logps_CV = _log_softmax(policy_RD[part], policy.head_weight_VD)
         p_CV = logps_CV.exp()
-        kl.append((p_CV * (logps_CV - _log_softmax(reference_RD[part], reference_head_VD))).sum(-1))
+        reference_logps_CV = _log_softmax(reference_RD[part], reference_head_VD)
+        kl.append((p_CV[:, shared] * (logps_CV[:, shared] - reference_logps_CV[:, shared])).sum(-1))
         entropy.append(-(p_CV * logps_CV).sum(-1))
     kl_R = torch.cat(kl)
     return kl_R if reference is not None else torch.full_like(kl_R, torch.nan), torch.cat(entropy)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo.diagnostics import Alarm
 from dpo.run import RunDir, is_evaluation
-from dpo.samples import printable
+from dpo.samples import at_two_steps, printable
 
 HEALTHY_LOSS = (0.3, 0.6)
 SHOWN_SAMPLES = 8
@@ -51,7 +51,7 @@ NO_FIGURE = 'No figure: it needs `plot_loss=true` and matplotlib (`pip install -
 
 
 def verdicts(training: Sequence[Row], evaluations: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """(yes, no or -, question, numbers) for each of the guide's questions, of the last row that was logged."""
+    """(yes or no, question, numbers) for each of the guide's questions, of the last row that was logged."""
     held_out = [row for row in evaluations if "eval_loss" in row]
     last = {k.removeprefix("eval_"): v for k, v in held_out[-1].items()} if held_out else training[-1]
     of = "held-out rows" if held_out else "the last rows trained on"
@@ -60,7 +60,8 @@ def verdicts(training: Sequence[Row], evaluations: Sequence[Row]) -> list[tuple[
     found = [(yes(low <= loss <= high), f"Did the loss of {of} end between {low} and {high}?", how_low(loss))]
     if "rewards/margins" in last:
         chosen, rejected, margins = (last[f"rewards/{name}"] for name in ("chosen", "rejected", "margins"))
-        first = training[0]["rewards/margins"]
+        # A line whose updates were all skipped has none.
+        first = next((row["rewards/margins"] for row in training if "rewards/margins" in row), 0.0)
         found += [
             (yes(chosen > 0), "Did chosen rewards rise?", f"{chosen:+.3g} from 0{BOTH_FALL if chosen < 0 else ''}"),
             (yes(rejected < 0), "Did rejected rewards fall?", f"{rejected:+.3g} from 0"),
@@ -107,8 +108,7 @@ def answers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["None were drawn (num_samples)."]
     first, last = rows[0]["step"], rows[-1]["step"]
     texts = []
-    before, after = ([row for row in rows if row["step"] == step][:SHOWN_SAMPLES] for step in (first, last))
-    for old, new in zip(before, after, strict=False):
+    for old, new in at_two_steps(rows, first, last)[:SHOWN_SAMPLES]:
         kl = "" if new["kl"] is None else f", KL {new['kl']:.2f} nats"
         said = f"prompt: {old['prompt']}\n\nstep {first}: {old['response']}\n\nstep {last}{kl}: {new['response']}"
         texts.append(fenced(printable(said)))

@@ -13,8 +13,9 @@ not the draw. samples.jsonl holds the texts.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from models.transformer import Transformer
 
 SHOWN = 3
 BATCH_SIZE = 8
+Sampled = Mapping[str, Any]
 
 
 class Samples:
@@ -80,7 +82,6 @@ class Samples:
         self, policy: Transformer, prompts: Sequence[list[int]], texts: Sequence[list[int]]
     ) -> tuple[list[float], list[float]]:
         """Sums over the tokens of each text, nats."""
-        policy.eval()
         sums: list[list[float]] = [[], []]
         for i in range(0, len(prompts), BATCH_SIZE):
             part = slice(i, i + BATCH_SIZE)
@@ -91,11 +92,17 @@ class Samples:
 
     def print_before_and_after(self, after: int) -> None:
         """The first answers before the first update and after update `after`, as they were logged."""
-        drawn = {step: [row for row in self.log.rows() if row["step"] == step][:SHOWN] for step in (0, after)}
-        for before, now in zip(drawn[0], drawn[after], strict=False):
+        for before, now in at_two_steps(self.log.rows(), 0, after)[:SHOWN]:
             prompt, old, new = (printable(text) for text in (before["prompt"], before["response"], now["response"]))
             print(f"\nprompt: {prompt}\n  before: {old}\n  after:  {new}")
         print()
+
+
+def at_two_steps(rows: Sequence[Sampled], first: int, last: int) -> list[tuple[Sampled, Sampled]]:
+    """Lines of samples.jsonl: each prompt that was answered at both steps."""
+    # By prompt: a resume may have asked for other ones.
+    then, now = ({row["prompt"]: row for row in rows if row["step"] == step} for step in (first, last))
+    return [(then[prompt], now[prompt]) for prompt in then if prompt in now]
 
 
 def prompt_of(row: Encoded) -> str:
@@ -132,4 +139,4 @@ def standard_error(values: Sequence[float]) -> float:
 
 def printable(text: str) -> str:
     """Whatever a model writes, a terminal is not to obey it."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

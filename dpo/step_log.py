@@ -33,8 +33,8 @@ class StepLog:
     def forget_after(self, step: int) -> None:
         """Remove the lines of later steps, and what a crash has cut short."""
         if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-            write_beside(self.path, "".join(kept).encode())
+            kept = [line + b"\n" for line in self._lines() if json.loads(line)["step"] <= step]
+            write_beside(self.path, b"".join(kept))
 
     def sync(self) -> None:
         """Have the disk hold every line."""
@@ -42,12 +42,9 @@ class StepLog:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        # Not splitlines(): a response may hold a character that it takes for the end of a line.
-        with open(self.path, encoding="utf-8", newline="\n") as file:
-            return [line for line in file if line.endswith("\n")]
+    def _lines(self) -> list[bytes]:
+        # As bytes: what a crash cut short may be no text, and a response may hold what str.splitlines() parts at.
+        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
 
 
 def to_json(row: Mapping[str, Any]) -> str:

@@ -269,6 +269,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             tqdm.write(f"warning: {said}; the update is skipped, {in_a_row} in a row")
             return
+        self.watch.flush()
         bundle = self.run_dir.path / f"postmortem-{self.step + 1}.json"
         write_postmortem(
             bundle, step=self.step + 1, what=fault.what, rows=fault.rows, batch=batch, policy=self.policy,

@@ -16,21 +16,30 @@ import dpo.build
 import dpo.digests
 import dpo.reference
 import dpo.reference_cache
-from dpo.build import WORLD
+from dpo.build import WORLD, build_objective, build_policy, build_rows, build_template
+from dpo.checkpoint import trainable
 from dpo.config import EvalConfig, check
 from dpo.formats import Example
+from dpo.logprobs import token_logps
 from dpo.metrics import TIMING_KEYS
 from dpo.objective import to_stream
-from dpo.reference_cache import cached_reference, reference_key
+from dpo.reference import base_reference
+from dpo.reference_cache import CachedReference, cached_reference, live_reference, reference_key
 from dpo.run import check_resume
 from dpo.tokens import Encoded
 from eval import preference
 from models.command import expand_arguments
+from models.config import parse_model_config
+from models.transformer import Transformer
 from train import sweep_job, train
 
 CONF = str(Path(__file__).parent.parent / "conf")
 SMALL = ["max_samples=12", "per_device_train_batch_size=4", "per_device_eval_batch_size=5", "logging_steps=1",
          "num_samples=0", "eval_dataset=null", "device=cpu"]  # fmt: skip
+MODEL = {
+    "model_type": "llama", "vocab_size": 23, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
 EXAMPLE = Example((), (), source="rows.json:1")
 
 
@@ -192,6 +201,32 @@ def test_two_jobs_that_start_together_do_each_other_no_harm(cache):
     assert ask(cache) == []
 
 
+@pytest.mark.parametrize(("loads_model", "built", "kept"), [(True, [1, 1], False), (False, [1, 2], True)])
+def test_a_model_that_the_run_does_not_hold_is_built_for_missing_rows_alone_and_not_kept(
+    cache, capsys, loads_model, built, kept
+):
+    """Two runs of the same rows. A model that the run holds anyway costs nothing, and samples are measured by it."""
+    weights, lives = cache.parent / "weights", []
+    weights.touch()
+    for number, so_far in enumerate(built):
+        reference = cached_reference(
+            cache, [weights], torch.float32, ROWS, lambda: lives.append(Live()) or lives[-1],
+            device=torch.device("cpu"), batch_size=2, loads_model=loads_model,
+        )  # fmt: skip
+        assert len(lives) == so_far and reference.live is (lives[-1] if kept else None)
+        said = "the model was not loaded" in capsys.readouterr().out
+        assert said == (number == 1 and loads_model)
+
+
+def test_a_reference_as_a_model_is_itself_that_of_a_cache_or_none(cache):
+    live = base_reference(Transformer(parse_model_config(MODEL), torch.float32))
+    assert live_reference(live) is live
+    assert live_reference(CachedReference({}, live)) is live
+    assert live_reference(CachedReference({}, None)) is None
+    assert live_reference(None) is None
+    assert live_reference(lambda stream, rows: stream.target_R) is None
+
+
 # Whole runs on the built-in world.
 
 
@@ -347,6 +382,34 @@ def test_rows_that_the_loss_cannot_honour_are_refused_before_any_weight_is_loade
     assert not loaded
 
 
+@pytest.mark.parametrize("found", [False, True], ids=["computed", "found"])
+@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+def test_the_live_reference_is_the_policys_own_start_and_none_of_a_model_of_its_own(tmp_path, adapter, source, found):
+    """The policy's weights are moved: within as_model it says what it said at first, and computes no gradient."""
+    options = {
+        "adapter off": [], "snapshot": [f"adapter_name_or_path={adapter}"], "frozen copy": ["finetuning_type=full"],
+        "another adapter": [f"ref_model_adapters={adapter}"],
+    }[source]  # fmt: skip
+    cfg = config(tmp_path / "run", *options, f"ref_cache_dir={tmp_path / 'cache'}", "max_samples=2")
+    data = build_rows(cfg, build_template(cfg))
+    for _ in range(1 + found):
+        policy = build_policy(cfg, torch.device("cpu"))
+        objective, _ = build_objective(cfg, policy, data)
+    live = live_reference(objective.reference)
+    if source in ("frozen copy", "another adapter"):
+        assert isinstance(objective.reference, CachedReference) and live is None
+        return
+    stream = to_stream(data.train, torch.device("cpu"))
+    before = token_logps(policy, stream)
+    with torch.no_grad():
+        for parameter in trainable(policy).values():
+            parameter.add_(0.1)
+    with live.as_model() as model:
+        torch.testing.assert_close(token_logps(model, stream), before, rtol=1e-5, atol=1e-5)
+        assert not model(stream).requires_grad
+    assert (token_logps(policy, stream) - before).abs().max() > 0.1
+
+
 def test_a_frozen_copy_whose_rows_are_all_found_is_not_loaded(tmp_path, loaded, capsys):
     options = ["finetuning_type=full", "learning_rate=1e-5", f"ref_cache_dir={tmp_path / 'cache'}"]
     train(config(tmp_path / "first", *options, "max_samples=8"))
@@ -391,6 +454,9 @@ def test_only_rows_that_a_run_gets_to_are_computed(tmp_path, capsys):
     assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
     train(config(tmp_path / "b", *cached, "val_size=2", "eval_strategy=no", "ref_cache_dir=" + str(tmp_path / "other")))
     assert "0 of 4 rows found, 4 computed" in capsys.readouterr().out
+    other = [*cached, "val_size=2", "eval_strategy=no", f"ref_cache_dir={tmp_path / 'other'}"]
+    train(config(tmp_path / "d", *other, "eval_on_start=true"))
+    assert "4 of 6 rows found, 2 computed" in capsys.readouterr().out
     train(config(tmp_path / "c", "val_size=2", "do_train=false", "ref_cache_dir=" + str(tmp_path / "third")))
     assert "0 of 2 rows found, 2 computed" in capsys.readouterr().out
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from test_trainer import config
 
 from dpo.data import read_examples
 from dpo.formats import Example
 from dpo.run import RunDir, collect_sweep, write_results
+from dpo.trainer import Trainer
+from train import train
 
 TRAIN = {"step": 5, "epoch": 0.5, "loss": 0.6931, "learning_rate": 5e-7, "rewards/margins": -0.0625}
 EVALUATION = {"step": 5, "epoch": 0.5, "eval_loss": 0.7, "eval_rewards/accuracies": 1.0}
@@ -218,6 +221,31 @@ def test_after_a_resume_tensorboard_shows_every_step_once(tmp_path):
     resumed.close()
     assert logged(tmp_path) == [TRAIN, {**LATER, "loss": 0.4}]
     assert scalars(tmp_path) == as_tags(logged(tmp_path))
+
+
+def test_tensorboard_shows_every_number_of_a_run_that_was_killed_and_resumed(tmp_path):
+    """From step 2 of 4, after logs, samples and an evaluation of later steps had been written."""
+    common = ["max_steps=4", "save_steps=2", "max_samples=8", "val_size=2", "eval_strategy=steps", "eval_steps=1",
+              "num_samples=1", "max_new_tokens=2", "per_device_train_batch_size=2"]  # fmt: skip
+    write, calls = Trainer._log_evaluation, []
+
+    def killed(self, *metrics):
+        result = write(self, *metrics)
+        calls.append(self.step)
+        if self.step == 3:
+            raise KeyboardInterrupt  # nobody listens for it: no checkpoint is written
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_log_evaluation", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, *common))
+    assert calls == [0, 1, 2, 3] and scalars(tmp_path)["eval/loss"][-1][0] == 3
+    train(config(tmp_path, *common, "resume_from_checkpoint=true"))
+    shown, rows = scalars(tmp_path), logged(tmp_path)
+    assert shown == as_tags(rows)
+    assert [step for step, _ in shown["train/loss"]] == [step for step, _ in shown["eval/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in shown["eval/completions/kl"]] == [0, 1, 2, 3, 4]
 
 
 # --- sweeps ---

@@ -423,6 +423,16 @@ def test_a_resume_with_another_config_is_refused(tmp_path):
     train(config(tmp_path, "save_steps=2", "resume_from_checkpoint=true"))  # saved before that key existed
 
 
+@pytest.mark.parametrize(("number", "loss"), [("weight", 3 * math.log(2)), ("margin", math.log1p(math.e**3))])
+def test_rows_with_numbers_of_their_own_do_not_look_like_a_run_gone_wrong(tmp_path, capsys, number, loss):
+    """Weight 3, or margin 3 at beta 1: the first loss is 2.08 or 3.05, and that is where such rows start."""
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", number: 3}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    train(config(tmp_path / "run", f"dataset={tmp_path / 'rows.jsonl'}", "max_steps=1", "warmup_ratio=0.5"))
+    assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert "training_instability" not in capsys.readouterr().out
+
+
 def test_a_warm_up_as_long_as_the_run_is_warned_about(tmp_path, capsys):
     train(config(tmp_path, "max_steps=2", "warmup_steps=2", "eval_dataset=null"))
     assert "warning: 2 steps of warm-up in a run of 2" in capsys.readouterr().out
