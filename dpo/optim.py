@@ -81,7 +81,7 @@ class LossScale:
         for gradient in gradients:
             gradient /= self.scale
         # One answer for all: each would wait for the device.
-        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        if gradients and not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
             self.scale, self.good_steps = self.scale / 2, 0
             if self.scale < 1:
                 raise ValueError("fp16: gradients overflow at any loss scale; use bf16=true, or lower learning_rate")
