@@ -15,17 +15,36 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir, starts_at_its_reference
+from dpo.build import (
+    build_objective,
+    build_policy,
+    build_rows,
+    build_template,
+    model_dir,
+    predict_memory,
+    starts_at_its_reference,
+)
 from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, load_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.evals import world_reward
+from dpo.memory import amount, free_memory, give_back_at_once
 from dpo.objective import Objective, to_stream
+from dpo.plan import micro_batches
 from dpo.preference import PreferenceObjective
-from dpo.run import Occupied, RunDir, check_output_dir, check_resume, collect_sweep, is_finished, write_results
+from dpo.run import (
+    Occupied,
+    RunDir,
+    check_output_dir,
+    check_resume,
+    collect_sweep,
+    is_finished,
+    with_chosen_cut,
+    write_results,
+)
 from dpo.sft import SFTObjective
 from dpo.signals import StopRequest
-from dpo.tokens import Encoded, print_cuts
+from dpo.tokens import Encoded, Rows, print_cuts
 from dpo.trainer import Trainer
 from models.command import one_line_errors, prepare_command_line
 from models.generate import generate
@@ -87,13 +106,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
     check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     checkpoint = find_checkpoint(cfg.resume_from_checkpoint, path) if resume else None
     if checkpoint is not None:
-        check_resume(checkpoint.parent, cfg)
+        check_resume(checkpoint.parent, with_chosen_cut(cfg, checkpoint.parent))
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_rows(cfg, template)
     print_rows(rows.train, rows.evaluation, rows.skipped)
     for warning in rows.warnings:
         print(f"warning: {warning}")
+    if cfg.gradient_checkpointing and device.type == "cpu":
+        give_back_at_once()
+    free = free_memory(device)
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":
@@ -107,9 +129,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         source_dir = model_dir(cfg.model_name_or_path)
         trainer = Trainer(cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir)
         if cfg.do_train:
+            print_memory(cfg, policy, rows, free)
             print_warnings(cfg, trainer)
             if checkpoint is None and isinstance(objective, PreferenceObjective):
-                first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
+                first = micro_batches(cfg, [rows.train[i] for i in trainer.plan.indices(0)])[0]
                 stream = to_stream(first, device)
                 same = starts_at_its_reference(cfg)
                 print(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
@@ -134,6 +157,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
             metrics = trainer.evaluate()
     print(f"run: {path}")
     return metrics
+
+
+def print_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int | None) -> None:
+    """The predicted growth of the process since before the model was loaded, of which `free` bytes were free then."""
+    automatic = cfg.max_tokens_per_micro_batch == "auto"
+    predicted = predict_memory(cfg, policy, rows, free)
+    if automatic:
+        print(f"max_tokens_per_micro_batch: {cfg.max_tokens_per_micro_batch}")
+    print(f"memory: about {predicted}")
+    if free is not None and predicted.peak > free:
+        print(
+            f"warning: {amount(free)} of memory were free; lower max_tokens_per_micro_batch, or set "
+            "gradient_checkpointing=true or bf16=true"
+        )
 
 
 def print_warnings(cfg: DictConfig, trainer: Trainer) -> None:
