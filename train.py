@@ -213,6 +213,8 @@ class Report:
 
     def _responses(self) -> list[str]:
         prompts = [row.prompt_ids for row in self.shown]
+        if not prompts:  # or the weights would be laid out for decoding, a copy as large as the model, for nothing
+            return []
         self.policy.eval()
         # Draws, because the most likely response hides what the policy does most of the time; the same seed before and
         # after, so that what differs is the policy.
