@@ -15,19 +15,37 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.build import build_objective, build_policy, build_rows, build_template, model_dir, starts_at_its_reference
+from dpo.build import (
+    build_objective,
+    build_policy,
+    build_rows,
+    build_template,
+    model_dir,
+    predict_memory,
+    starts_at_its_reference,
+)
 from dpo.certificate import certify
 from dpo.checkpoint import find_checkpoint, load_checkpoint, save_result
 from dpo.config import TrainConfig, check
 from dpo.diagnostics import Facts
 from dpo.evals import world_reward
+from dpo.memory import amount, free_memory, give_back_at_once
 from dpo.objective import Objective, to_stream
-from dpo.plan import Plan
+from dpo.plan import Plan, micro_batches
 from dpo.preference import PreferenceObjective
 from dpo.reference import Reference
 from dpo.reference_cache import live_reference
 from dpo.report import write_report
-from dpo.run import Occupied, RunDir, check_output_dir, check_resume, collect_sweep, is_finished, write_results
+from dpo.run import (
+    Occupied,
+    RunDir,
+    check_output_dir,
+    check_resume,
+    collect_sweep,
+    is_finished,
+    with_chosen_cut,
+    write_results,
+)
 from dpo.samples import Samples, prompt_of
 from dpo.sft import SFTObjective
 from dpo.signals import StopRequest
@@ -36,6 +54,7 @@ from dpo.tokens import Rows, describe_cuts
 from dpo.trainer import Probe, Trainer
 from models.command import one_line_errors, prepare_command_line
 from models.template import ChatTemplate
+from models.transformer import Transformer
 from models.weights import choose_device
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -92,12 +111,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
     check_output_dir(path, overwrite=cfg.overwrite_output_dir, resume=resume)
     checkpoint = find_checkpoint(cfg.resume_from_checkpoint, path) if resume else None
     if checkpoint is not None:
-        check_resume(checkpoint.parent, cfg)
+        check_resume(checkpoint.parent, with_chosen_cut(cfg, checkpoint.parent))
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_rows(cfg, template)
     for line in describe_rows(rows):
         say(line)
+    if cfg.gradient_checkpointing and device.type == "cpu":
+        give_back_at_once()
+    free = free_memory(device)
     policy = build_policy(cfg, device)
     objective: Objective = SFTObjective()
     if cfg.stage == "sft":
@@ -122,10 +144,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
             cfg, policy, objective, rows.train, rows.evaluation, run_dir, source_dir, probes=probes, facts=facts
         )
         if cfg.do_train:
+            for line in describe_memory(cfg, policy, rows, free):
+                say(line)
             for warning in useless_settings(cfg, trainer):
                 say(f"warning: {warning}")
             if checkpoint is None and isinstance(objective, PreferenceObjective):
-                first = [rows.train[i] for i in trainer.plan.indices(0)][: cfg.per_device_train_batch_size]
+                first = micro_batches(cfg, [rows.train[i] for i in trainer.plan.indices(0)])[0]
                 stream = to_stream(first, device)
                 same = starts_at_its_reference(cfg)
                 say(certify(policy, trainer.parameters, objective, stream, first, same_weights=same))
@@ -155,6 +179,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
             metrics = trainer.evaluate()
     print(f"run: {path}")
     return metrics
+
+
+def describe_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int | None) -> list[str]:
+    """The predicted growth of the process since before the model was loaded, of which `free` bytes were free then."""
+    automatic = cfg.max_tokens_per_micro_batch == "auto"
+    predicted = predict_memory(cfg, policy, rows, free)
+    lines = [f"max_tokens_per_micro_batch: {cfg.max_tokens_per_micro_batch}"] if automatic else []
+    lines.append(f"memory: about {predicted}")
+    if free is not None and predicted.peak > free:
+        lines.append(
+            f"warning: {amount(free)} of memory were free; lower max_tokens_per_micro_batch, or set "
+            "gradient_checkpointing=true or bf16=true"
+        )
+    return lines
 
 
 class Said(list[str]):

@@ -16,7 +16,16 @@ from omegaconf import DictConfig
 from dpo.config import as_list, preference_loss_of
 from dpo.data import describe_mix, mix_order, read_examples, split_by_prompt, trained_prompts
 from dpo.formats import Example
-from dpo.plan import Plan
+from dpo.memory import (
+    SHARE,
+    Forecast,
+    Lengths,
+    bytes_of,
+    forecast,
+    forecast_of_all,
+    largest_budget,
+)
+from dpo.plan import Plan, cut, cut_by_tokens, micro_batches
 from dpo.preference import PreferenceObjective
 from dpo.reference import (
     LiveReference,
@@ -284,6 +293,54 @@ def build_finished_reference(cfg: DictConfig, policy: Transformer, rows: Sequenc
         build, description = partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
     adapter = cfg.ref_model_adapters
     return _through_cache(cfg, policy, rows, build, adapter=adapter, loads_model=another_model), description
+
+
+def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int | None) -> Forecast:
+    """The peak of a training run; max_tokens_per_micro_batch=auto becomes a number in cfg.
+
+    free: bytes that were free before the model was loaded.
+    """
+    evaluation = sorted(map(Lengths.of, rows.evaluation), key=lambda row: row.tokens)
+    evaluates = cfg.eval_strategy != "no" and bool(evaluation)
+    predict = partial(
+        forecast, policy, optim=cfg.optim, reference=_reference_bytes(cfg, policy),
+        evaluated=max(cut(evaluation, cfg.per_device_eval_batch_size), key=_tokens) if evaluates else [],
+    )  # fmt: skip
+    train = [Lengths.of(row) for row in rows.train]
+    plan = Plan.of(cfg, len(train))
+    batches = [[train[i] for i in plan.indices(step)] for step in range(plan.total_steps)]
+    if cfg.max_tokens_per_micro_batch == "auto":
+        if free is None:
+            raise ValueError(
+                "max_tokens_per_micro_batch=auto: this system does not say how much memory is free; give a number"
+            )
+
+        def peak(most: int) -> int:
+            return forecast_of_all(predict, [cut_by_tokens(batch, most) for batch in batches]).peak
+
+        longest = max(row.tokens for row in train)
+        cfg.max_tokens_per_micro_batch = largest_budget(peak, longest, max(map(_tokens, batches)), SHARE * free)
+    return forecast_of_all(predict, [micro_batches(cfg, batch) for batch in batches])
+
+
+def _tokens(rows: Sequence[Lengths]) -> int:
+    return sum(row.tokens for row in rows)
+
+
+def _reference_bytes(cfg: DictConfig, policy: Transformer) -> int:
+    """What the reference's own weights take; see build_reference for the choice."""
+    if cfg.stage == "sft" or not preference_loss_of(cfg).needs_reference:
+        return 0
+    trained = bytes_of(p for p in policy.parameters() if p.requires_grad)
+    if cfg.sync_ref_model:
+        return trained
+    if _is_another_model(cfg) or cfg.finetuning_type == "full":
+        if cfg.ref_cache_dir:  # it is gone before training starts
+            return 0
+        with torch.device("meta"):
+            model = Transformer(read_model_config(model_dir(cfg.ref_model or cfg.model_name_or_path)), policy.dtype)
+        return bytes_of(model.to(policy.dtype).parameters())
+    return trained if cfg.adapter_name_or_path and not cfg.ref_model else 0
 
 
 def starts_at_its_reference(cfg: DictConfig) -> bool:

@@ -94,6 +94,7 @@ class TrainConfig(SharedConfig):
     val_size: float = MISSING
     disable_shuffling: bool = MISSING
     per_device_train_batch_size: int = MISSING
+    max_tokens_per_micro_batch: Any = MISSING
     gradient_accumulation_steps: int = MISSING
     learning_rate: float = MISSING
     lr_scheduler_type: str = MISSING
@@ -193,6 +194,10 @@ RULES: dict[str, tuple[Any, str]] = {
     "max_samples": AT_LEAST_1,
     "on_bad_row": _one_of("stop", "skip"),
     "per_device_train_batch_size": AT_LEAST_1,
+    "max_tokens_per_micro_batch": (
+        (lambda value: value == "auto" or (type(value) is int and value >= 1)),
+        "expected auto, a whole number of at least 1, or null",
+    ),
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
     "learning_rate": POSITIVE,

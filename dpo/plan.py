@@ -4,11 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import torch
 from omegaconf import DictConfig
 
-from dpo.tokens import Encoded
+
+class HasTokens(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=HasTokens)
 
 
 @dataclass(frozen=True)
@@ -43,5 +50,23 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def cut(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+def micro_batches(cfg: DictConfig, batch: Sequence[Row]) -> list[Sequence[Row]]:
+    """A logical batch as it passes through the model, in its order: a function of the config and the rows' lengths."""
+    if cfg.max_tokens_per_micro_batch is None:
+        return cut(batch, cfg.per_device_train_batch_size)
+    return cut_by_tokens(batch, cfg.max_tokens_per_micro_batch)
+
+
+def cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def cut_by_tokens(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Parts of at most so many tokens of the packed stream; a row that is longer is a part of its own."""
+    parts, start, tokens = [], 0, 0
+    for i, row in enumerate(rows):
+        if i > start and tokens + row.tokens > most:
+            parts.append(rows[start:i])
+            start, tokens = i, 0
+        tokens += row.tokens
+    return [*parts, rows[start:]]

@@ -80,6 +80,18 @@ def check_resume(path: Path, cfg: DictConfig) -> None:
             )
 
 
+def with_chosen_cut(cfg: DictConfig, path: Path) -> DictConfig:
+    """cfg, where max_tokens_per_micro_batch=auto becomes the number that the run in `path` chose for itself.
+
+    Another cut would round otherwise, and what is free differs from one day to the next.
+    """
+    if cfg.max_tokens_per_micro_batch == "auto" and (path / CONFIG).is_file():
+        saved = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
+        assert isinstance(saved, dict)
+        cfg.max_tokens_per_micro_batch = saved.get("max_tokens_per_micro_batch") or "auto"
+    return cfg
+
+
 class RunDir:
     """One run's directory, opened by one process alone: an earlier run in it is removed (overwrite) or continued."""
 

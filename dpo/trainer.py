@@ -36,7 +36,7 @@ from dpo.durable import damage
 from dpo.metrics import Means, one_line
 from dpo.objective import Objective, evaluate, to_stream
 from dpo.optim import LossScale, build_optimizer, clip_gradients, learning_rate_at
-from dpo.plan import Plan, cut
+from dpo.plan import Plan, micro_batches
 from dpo.postmortem import write_postmortem
 from dpo.run import RunDir, is_evaluation
 from dpo.signals import StopRequest
@@ -227,11 +227,11 @@ class Trainer:
         """The gradient of the batch's mean loss, micro-batch by micro-batch."""
         self.policy.train()
         torch.manual_seed(self._dropout_seed)
-        micro_batches = cut(batch, self.cfg.per_device_train_batch_size)
-        coupled = self.objective.couples and len(micro_batches) > 1
-        gradients = self._coupled_gradients(batch, micro_batches) if coupled else None
+        parts = micro_batches(self.cfg, batch)
+        coupled = self.objective.couples and len(parts) > 1
+        gradients = self._coupled_gradients(batch, parts) if coupled else None
         start = 0
-        for rows in micro_batches:
+        for rows in parts:
             if stop is not None and stop.signal:
                 raise Interrupted
             stream = to_stream(rows, self.policy.device)

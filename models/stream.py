@@ -115,7 +115,7 @@ def _attention_rows(rows: list[Row], tokens: int) -> tuple[tuple[AttentionRows, 
     offset = 0
     causal = [row for row in rows if not row[0]]
     branching = [row for row in rows if row[0]]
-    for group in _batch_by_length(causal) + _batch_by_length(branching):
+    for group in batch_by_length(causal) + batch_by_length(branching):
         queries = [query for _, query in group]
         keys = [[*context, *query] for context, query in group]
         width_q, width_k = max(map(len, queries)), max(map(len, keys))
@@ -132,7 +132,7 @@ def _attention_rows(rows: list[Row], tokens: int) -> tuple[tuple[AttentionRows, 
     return tuple(batches), slot_T
 
 
-def _batch_by_length(rows: list[Row]) -> list[list[Row]]:
+def batch_by_length(rows: list[Row]) -> list[list[Row]]:
     """Groups of rows of similar size; see PADDING_LIMIT."""
     groups: list[list[Row]] = []
     real, width = 0, (0, 0)

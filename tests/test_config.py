@@ -266,6 +266,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "max_samples": ([0, -1], [1, None]),
     "on_bad_row": (["fix"], ["stop", "skip"]),
     "per_device_train_batch_size": ([0], [1]),
+    "max_tokens_per_micro_batch": ([0, -1, "all", 1.5, True], [1, 4096, "auto", None]),
     "per_device_eval_batch_size": ([0], [1]),
     "gradient_accumulation_steps": ([0], [1]),
     "learning_rate": ([0.0, -1e-7, float("inf"), float("nan")], [1e-9]),

@@ -17,13 +17,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
+from dpo import trainer as trainer_module
 from dpo.build import WORLD
 from dpo.checkpoint import trainable
 from dpo.formats import Example
 from dpo.losses import OFF, PREF_LOSSES, PrefLoss
 from dpo.metrics import TIMING_KEYS
 from dpo.objective import Objective, evaluate
-from dpo.plan import Plan
+from dpo.plan import Plan, cut_by_tokens
 from dpo.preference import PreferenceObjective, preference_loss
 from dpo.reference import frozen_reference
 from dpo.sft import SFTObjective
@@ -71,7 +72,8 @@ MODEL = {
     "model_type": "llama", "vocab_size": 23, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6,
 }  # fmt: skip
-CUTS = [(8, 1), (2, 4), (3, 3), (1, 8)]
+# Rows per micro-batch, how many of them; and tokens, which stand before both: rows have 3 to 18.
+CUTS = [(8, 1), (2, 4), (3, 3), (1, 8), (1, 8, 25)]
 
 
 @lru_cache(maxsize=1)
@@ -109,7 +111,7 @@ def objective_of(policy: Transformer, names: Sequence[str], **terms: object) -> 
 
 
 def three_updates(
-    rows: list[Encoded], cut: tuple[int, int], objective: Callable[[Transformer], Objective], dropout: float = 0.0
+    rows: list[Encoded], cut: tuple[int, ...], objective: Callable[[Transformer], Objective], dropout: float = 0.0
 ) -> list[Tensor]:
     """The weights after three updates on the same batch, and the gradient norm and metrics of each."""
     policy = small_model(0).requires_grad_(True)
@@ -117,7 +119,8 @@ def three_updates(
         inject_lora(policy, rank=2, alpha=4, use_rslora=False, dropout=dropout, target="all", seed=0)
         policy.double()
     cfg = copy.deepcopy(small_config())
-    cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps = cut
+    cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, *budget = cut
+    cfg.max_tokens_per_micro_batch = budget[0] if budget else None
     trainer = Trainer(cfg, policy, objective(policy), rows, [], None, Path("unused"))
     seen = []
     for _ in range(3):
@@ -147,13 +150,36 @@ OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_objective_shows_how_its_batch_was_cut(name):
-    """8 x 1, 2 x 4, 3 x 3 (the last of 2) and 1 x 8: weights, gradient norms and metrics to 1e-9, after 3 updates."""
+    """8 x 1, 2 x 4, 3 x 3 (the last of 2), 1 x 8, by tokens: weights, gradient norms, metrics to 1e-9 in 3 updates."""
     rows = random_rows(8)
     if name == "stage=sft":
         rows = [replace(row, response_ids=row.response_ids[:1]) for row in rows]
     expected = three_updates(rows, CUTS[0], OBJECTIVES[name])
     for cut in CUTS[1:]:
         torch.testing.assert_close(three_updates(rows, cut, OBJECTIVES[name]), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cut_by_tokens_is_in_order_and_within_its_limit_unless_a_row_is_longer():
+    """Of 9, 2, 3, 9, 1 and 4 tokens at most 5 go together: 2 and 3, 1 and 4; 9 is too long for any."""
+    lengths = (9, 2, 3, 9, 1, 4)
+    rows = [replace(row, prompt_ids=[1], response_ids=([1] * (n - 1),))
+            for row, n in zip(random_rows(6), lengths, strict=True)]  # fmt: skip
+    parts = cut_by_tokens(rows, 5)
+    assert [[row.tokens for row in part] for part in parts] == [[9], [2, 3], [9], [1, 4]]
+    assert [row for part in parts for row in part] == rows
+
+
+def test_a_micro_batch_has_no_more_tokens_than_it_may(monkeypatch):
+    seen = []
+    pack = trainer_module.to_stream
+    monkeypatch.setattr(
+        trainer_module,
+        "to_stream",
+        lambda rows, device: seen.append(sum(row.tokens for row in rows)) or pack(rows, device),
+    )
+    rows = random_rows(8)
+    three_updates(rows, (1, 8, 25), OBJECTIVES["sigmoid"])
+    assert 8 < max(seen) <= 25 and sum(seen) == 3 * sum(row.tokens for row in rows) and len(seen) < 3 * 8
 
 
 def test_rows_with_numbers_of_their_own_do_not_show_the_cut_either():
