@@ -305,6 +305,7 @@ def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int |
     predict = partial(
         forecast, policy, optim=cfg.optim, reference=_reference_bytes(cfg, policy),
         evaluated=max(cut(evaluation, cfg.per_device_eval_batch_size), key=_tokens) if evaluates else [],
+        answers=cfg.num_samples > 0,
     )  # fmt: skip
     train = [Lengths.of(row) for row in rows.train]
     plan = Plan.of(cfg, len(train))

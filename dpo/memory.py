@@ -7,8 +7,7 @@ what it does keep. Temporaries are the largest tensors that live beside them for
 
 All of this is derived. Two parts are measured instead, and stand in experiments/memory/README.md: on the CPU a process
 grows by PyTorch's own code, whatever the model, and by holes in the heap between tensors that are kept. Left out: rows
-and their texts, the copy of the weights that sampled responses are made with, and what a reference that is larger than
-the policy computes with.
+and their texts, and what a reference that is larger than the policy computes with.
 
 Shapes: T tokens, R response tokens, C of them in a chunk of the head, D width, V vocabulary; N rows of attention with
 Q queries and K keys.
@@ -252,12 +251,13 @@ def amount(size: float) -> str:
 
 def forecast(
     policy: Transformer, rows: Sequence[Lengths], *, optim: str, reference: int, alone: bool,
-    evaluated: Sequence[Lengths],
+    evaluated: Sequence[Lengths], answers: bool,
 ) -> Forecast:  # fmt: skip
     """The peak of a run whose largest micro-batch is `rows`.
 
     reference: bytes of a reference with weights of its own. alone: whether every logical batch is one micro-batch, so
-    that gradients come as activations go. evaluated: the largest evaluation batch, or nothing.
+    that gradients come as activations go. evaluated: the largest evaluation batch, or nothing. answers: whether any are
+    drawn.
     """
     trained = bytes_of(p for p in policy.parameters() if p.requires_grad)
     kept = Activations(policy, rows)
@@ -273,17 +273,26 @@ def forecast(
         # Without gradient one block lives at a time, and holds at its end what it would keep.
         passing = Activations(policy, evaluated)
         evaluation = passing.hidden + max(passing.blocks) + _head(policy, passing.predicted, False)
+    # The copy of the weights that models.packed decodes with.
+    decoding = bytes_packed(policy) if answers and policy.device.type == "cpu" else 0
     optimizer = OPTIMIZERS[optim]([{"params": [nn.Parameter(torch.empty(0))]}])
     state = len(set(STATE_TENSORS[type(optimizer)]) - {"step"})
     parts = {
         "weights": bytes_of(policy.parameters()), "reference": reference, "optimizer": state * trained,
         "gradients": gradients, "activations": activations, "temporaries": temporaries,
-        "evaluation": max(0, evaluation - gradients - activations - temporaries),
+        "evaluation": max(0, max(evaluation, decoding) - gradients - activations - temporaries),
     }  # fmt: skip
     if policy.device.type != "cuda":
         holes = 0 if policy.gradient_checkpointing else round(HOLES * activations)  # see give_back_at_once
         parts |= {"holes in the heap": holes, "PyTorch itself": PYTORCH}
     return Forecast(parts, kept.tokens)
+
+
+def bytes_packed(policy: Transformer) -> int:
+    weights = [layer.weight for layer in policy.modules() if isinstance(layer, Linear) and layer.weight.ndim == 2]
+    return policy.dtype.itemsize * sum(
+        w.numel() for w in {id(w): w for w in [*weights, policy.head_weight_VD]}.values()
+    )
 
 
 def forecast_of_all(predict: Callable[..., Forecast], batches: Sequence[Sequence[Sequence[Lengths]]]) -> Forecast:

@@ -18,7 +18,17 @@ import train as command
 from dpo import fused, memory
 from dpo.build import build_policy, build_rows, build_template, predict_memory
 from dpo.logprobs import token_logps
-from dpo.memory import HOLES, PYTORCH, SHARE, Activations, Lengths, attention_shapes, forecast, largest_budget
+from dpo.memory import (
+    HOLES,
+    PYTORCH,
+    SHARE,
+    Activations,
+    Lengths,
+    attention_shapes,
+    bytes_packed,
+    forecast,
+    largest_budget,
+)
 from models.config import parse_model_config
 from models.lora import inject_lora
 from models.stream import Stream, pack
@@ -164,7 +174,7 @@ def test_activations_and_temporaries_are_the_most_that_tensors_take(
     model.gradient_checkpointing = checkpointing
     step = lambda: token_logps(model, stream).mean().backward()
     step()
-    parts = forecast(model, LONG, optim="sgd", reference=0, alone=False, evaluated=[]).parts
+    parts = forecast(model, LONG, optim="sgd", reference=0, alone=False, evaluated=[], answers=False).parts
     assert parts["activations"] + parts["temporaries"] == pytest.approx(allocated(step), rel=0.1)
 
 
@@ -194,21 +204,34 @@ def test_the_parts_of_a_tiny_model_by_hand():
     assert [predict(optim=name).parts["optimizer"] // weights for name in ("sgd", "rmsprop")] == [0, 1]
     # Alone, gradients come as activations go: what they take beyond these, which is nothing here.
     assert parts["activations"] + parts["temporaries"] > weights and predict(alone=True).parts["gradients"] == 0
-    tiny = forecast(model, [Lengths(1, (1,))], optim="sgd", reference=0, alone=True, evaluated=[]).parts
+    tiny = forecast(model, [Lengths(1, (1,))], optim="sgd", reference=0, alone=True, evaluated=[], answers=False).parts
     assert sum(tiny[name] for name in ("gradients", "activations", "temporaries")) == weights
 
 
 def test_an_evaluation_counts_where_it_takes_more_than_training():
     model = model_of(LLAMA, torch.float32, full=False)
-    predict = lambda rows: forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=rows).parts
+
+    def predict(rows: list[Lengths], answers: bool = False) -> dict[str, int]:
+        return forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=rows, answers=answers).parts
+
     assert predict([Lengths(5, (5, 5))])["evaluation"] == 0
     assert predict(ROWS * 20)["evaluation"] > 0
+
+
+def test_the_weights_that_answers_are_decoded_with_are_counted_once_each():
+    """Every linear layer and the head, tied or not, in the dtype of the computation."""
+    model = model_of(LLAMA, torch.bfloat16, full=False)
+    linear = [module for module in model.modules() if type(module).__name__ in ("Linear", "LoRALinear")]
+    assert bytes_packed(model) == 2 * (
+        sum(layer.weight.numel() for layer in linear)
+        + (model.head_weight_VD.numel() if model.config.tie_word_embeddings else 0)
+    )
 
 
 def test_checkpointing_leaves_no_holes():
     model = model_of(LLAMA, torch.float32, full=False)
     model.gradient_checkpointing = True
-    parts = forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=[]).parts
+    parts = forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=[], answers=False).parts
     assert parts["holes in the heap"] == 0 and parts["PyTorch itself"] == PYTORCH
 
 
