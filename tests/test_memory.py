@@ -195,7 +195,7 @@ def test_the_parts_of_a_tiny_model_by_hand():
     block = 2 * 24 * 12 + 2 * 12 * 12 + 3 * 12 * 20 + 2 * 12
     weights = 4 * (2 * 23 * 12 + 3 * block + 12)
     predict = lambda **more: forecast(model, ROWS, **({"optim": "adamw_torch", "reference": 7, "alone": False,
-                                                       "evaluated": []} | more))  # fmt: skip
+                                                       "evaluated": [], "answers": False} | more))  # fmt: skip
     parts = predict().parts
     assert (parts["weights"], parts["reference"], parts["optimizer"]) == (weights, 7, 2 * weights)
     assert parts["gradients"] == weights and parts["evaluation"] == 0
