@@ -35,6 +35,7 @@ RUN = [
     "max_steps=12", "save_steps=2", "logging_steps=3", "learning_rate=1e-3", "lora_dropout=0.1", "val_size=8",
     "eval_strategy=steps", "eval_steps=4", "per_device_train_batch_size=2", "gradient_accumulation_steps=2",
     "sync_ref_model=true", "ref_model_sync_steps=3", "save_total_limit=3", "lr_scheduler_type=constant",
+    "num_samples=2", "max_new_tokens=4",
 ]  # fmt: skip
 KINDS = {
     "LoRA": [], "LoRA in bf16": ["bf16=true"], "full": ["finetuning_type=full"],
@@ -111,8 +112,10 @@ def undisturbed(undisturbed_of) -> tuple[Path, float]:
 
 
 def assert_same_result(folder: Path, undisturbed: Path) -> None:
-    """Result and metrics, to the bit."""
+    """Result, metrics, ledger and answers, to the bit."""
     assert rows(folder) == rows(undisturbed)
+    for log in ("ledger.jsonl", "samples.jsonl"):
+        assert (folder / log).read_bytes() == (undisturbed / log).read_bytes(), log
     (name,) = (path.name for path in undisturbed.glob("*.safetensors"))
     assert_equal_files(folder / name, undisturbed / name)
 
