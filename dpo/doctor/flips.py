@@ -194,6 +194,7 @@ def _training(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({
         "model_name_or_path": cfg.model_name_or_path, "lora_dropout": 0.0, "seed": cfg.seed,
         "per_device_train_batch_size": cfg.flip_batch_size, "gradient_accumulation_steps": 1,
+        "max_tokens_per_micro_batch": None,
         "num_train_epochs": cfg.flip_epochs, "max_steps": -1, "disable_shuffling": False,
         "learning_rate": cfg.flip_learning_rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 0,
         "optim": "adamw_torch", "load_best_model_at_end": False, "early_stopping_steps": None,
