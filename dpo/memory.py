@@ -117,12 +117,15 @@ class Activations:
         """Of layers that read one input: the input, each low-rank product, and weights that were cast."""
         kept, keeps_input = 0, False
         inputs = vectors * layers[0].weight.shape[1] * self.size
+        # By models.low_rank, which casts again where it needs to.
+        fused = all(isinstance(layer, LoRALinear) and not layer.dropout for layer in layers)
         for layer in layers:
             kept += self._cast(layer.weight) if self.flows else 0
             keeps_input |= layer.weight.requires_grad
             if isinstance(layer, LoRALinear):
-                kept += vectors * len(layer.lora_A) * self.size + self._cast(layer.lora_B)
-                kept += self._cast(layer.lora_A) if self.flows else 0
+                kept += vectors * len(layer.lora_A) * self.size
+                if not fused:
+                    kept += self._cast(layer.lora_B) + (self._cast(layer.lora_A) if self.flows else 0)
                 if layer.dropout:  # each its own input, and what that was multiplied by
                     noise = inputs if self.policy.device.type == "cpu" else inputs // self.size
                     kept += inputs + (noise if self.flows else 0)

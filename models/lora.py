@@ -15,7 +15,7 @@ Shapes: R rank, I inputs and O outputs of a layer.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import read_json
+from models.low_rank import low_rank_linear
 from models.transformer import Linear, Transformer
 from models.weights import read_tensors, write_tensors
 
@@ -68,6 +69,23 @@ class LoRALinear(Linear):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         return y + F.linear(F.linear(x, A_RI), B_OR) * self.scaling
+
+    def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
+        """By models.low_rank, where all layers are adapted, frozen, and see the same input."""
+        adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        adapters = [adapter for layer in adapted if (adapter := layer.adapter_of(x))]
+        if len(adapters) < len(layers):
+            return None
+        As, Bs = zip(*adapters, strict=True)
+        weights, biases = [layer.weight for layer in adapted], [layer.bias for layer in adapted]
+        return low_rank_linear(x, weights, biases, As, Bs, [layer.scaling for layer in adapted])
+
+    def adapter_of(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """(A, B) as they are added to this input; None where there are none, or each layer would see its own."""
+        adapter = (self.lora_A, self.lora_B) if self.substitute is None else self.substitute
+        dropping = self.dropout and self.training
+        frozen = self.weight.dtype == x.dtype and not self.weight.requires_grad and x.ndim == 2
+        return adapter if adapter and frozen and not dropping else None
 
 
 def inject_lora(

@@ -46,11 +46,17 @@ class Linear(nn.Module):
         """y = x W^T + b as it leaves the layer; an adapter adds to it."""
         return y
 
+    def together(self, x: Tensor, layers: "Sequence[Linear]") -> list[Tensor] | None:
+        """What `project` gives of layers of which this is the first, where there is a faster way; else None."""
+        return None
+
 
 def project(x: Tensor, *layers: Linear) -> list[Tensor]:
     """The outputs of layers that read the same input."""
     if layers[0].packed is not None and not torch.is_grad_enabled():
         ys = layers[0].packed(x)
+    elif (fused := layers[0].together(x, layers)) is not None:
+        return fused
     else:
         ys = [F.linear(x, w.weight.to(x.dtype), None if w.bias is None else w.bias.to(x.dtype)) for w in layers]
     return [layer.adapt(x, y) for layer, y in zip(layers, ys, strict=True)]
