@@ -66,7 +66,8 @@ class Diagnosis:
 
     def pairs(self) -> Row | None:
         """What is known of rows that are not trained on, or else of those that are: the newest."""
-        held_out = [row for row in self.evaluations if "eval_rewards/margins" in row]
+        # Before the first update (eval_on_start) nothing has moved.
+        held_out = [row for row in self.evaluations if "eval_rewards/margins" in row and row["step"] > 0]
         if held_out:
             return {name.removeprefix("eval_"): value for name, value in held_out[-1].items()}
         return self.training[-1] if self.training and "rewards/margins" in self.training[-1] else None
@@ -176,9 +177,15 @@ def noisy_labels(run: Diagnosis) -> str | None:
     if "training_instability" in run.alarms:  # a policy that has broken down orders no pairs, whatever their labels
         return None
     accuracy, loss = pairs["rewards/accuracies"], pairs["loss"]
-    if run.facts.held_out < ENOUGH_ROWS:  # then by the rows of the run's second half, before they were learned from
+    training_alone = bool(run.training) and pairs is run.training[-1]
+    # Then by all rows of the run's second half, before they were learned from: a line may be of one small batch.
+    if training_alone or run.facts.held_out < ENOUGH_ROWS:
         # Without those whose updates were all skipped: they have nothing to say of pairs.
-        late = [row for row in run.training if row["step"] > total / 2 and "rewards/accuracies" in row]
+        begins = [0, *(row["step"] for row in run.training[:-1])]
+        late = [
+            row for begin, row in zip(begins, run.training, strict=False)
+            if begin >= total / 2 and "rewards/accuracies" in row
+        ]  # fmt: skip
         if not late or run.training[-1]["step"] < total:
             return None
         accuracy, loss = (sum(row[name] for row in late) / len(late) for name in ("rewards/accuracies", "loss"))

@@ -26,7 +26,7 @@ def write_report(run_dir: RunDir, notes: Mapping[str, str], alarms: Iterable[Ala
     figure = draw_curves(run_dir.path / "curves.png", training, evaluations) if draw and training else None
     alarms = list(alarms)
     parts = [
-        f"# {run_dir.path.name}",
+        f"# {run_dir.path.resolve().name}",
         ended,
         "## Verdicts",
         *([table(("", "question", "found"), verdicts(training, evaluations))] if training else ["Nothing was logged."]),
@@ -52,7 +52,7 @@ NO_FIGURE = 'No figure: it needs `plot_loss=true` and matplotlib (`pip install -
 
 def verdicts(training: Sequence[Row], evaluations: Sequence[Row]) -> list[tuple[str, str, str]]:
     """(yes or no, question, numbers) for each of the guide's questions, of the last row that was logged."""
-    held_out = [row for row in evaluations if "eval_loss" in row]
+    held_out = [row for row in evaluations if "eval_loss" in row and row["step"] > 0]  # of a policy that has learned
     last = {k.removeprefix("eval_"): v for k, v in held_out[-1].items()} if held_out else training[-1]
     of = "held-out rows" if held_out else "the last rows trained on"
     low, high = HEALTHY_LOSS

@@ -99,7 +99,7 @@ EDGES: dict[tuple[str, str], tuple[Rows, Rows]] = {
     ),
     ("likelihood_displacement", "margins"): ([training(**lost(9, -20, 0.1))], [training(**lost(9, -20, 0.0))]),
     ("likelihood_displacement", "held out first"): (
-        [evaluation(0, **lost(9, -20)), training()], [evaluation(0, **pairs()), training(**lost(9, -20))]
+        [evaluation(1, **lost(9, -20)), training()], [evaluation(1, **pairs()), training(**lost(9, -20))]
     ),
     ("length_exploitation", "longer"): (
         start_and_now({}, {"mean_length": 10 * LONGER * MORE}), start_and_now({}, {"mean_length": 10 * LONGER * LESS})
@@ -175,6 +175,26 @@ def test_with_few_held_out_rows_labels_are_judged_by_the_second_half_of_training
     assert raised(late_accuracies(*early, *late, 0.61), few) == []  # 3.01 of 5
     assert raised(late_accuracies(*early, *late), few) == []  # not at its end
     assert raised(ordered(0.1, 0.5), few) == [] and raised(ordered(0.1, 0.5)) == ["noisy_labels"]
+
+
+def test_labels_are_not_judged_by_one_line_of_training_where_held_out_rows_were_not_evaluated():
+    """eval_strategy=no, or before the first evaluation; logging_steps=1 has lines of a few pairs."""
+    assert raised(late_accuracies(*[0.5] * 9)) == []
+    assert raised(late_accuracies(*[0.1] * 5, *[0.9] * 4, 0.2)) == []  # 0.76 in the second half
+    assert raised(late_accuracies(*[0.1] * 10)) == ["noisy_labels"]
+
+
+def test_a_line_that_began_in_the_first_half_says_nothing_of_labels():
+    """logging_steps above half of a short run: at the first update all margins are 0, and none is above it."""
+    few = Facts(**vars(FACTS) | {"held_out": 0})
+    moved = pairs(margins=1.0, chosen=0.5, accuracies=0.4)
+    assert raised([training(10, **moved)], few) == raised([training(4, **moved), training(10, **moved)], few) == []
+    assert raised([training(5, **moved), training(10, **moved)], few) == ["noisy_labels"]
+
+
+def test_an_evaluation_before_the_first_update_does_not_stand_before_training():
+    """Of eval_on_start: until the next one it would say that nothing moves."""
+    assert raised([evaluation(0, **pairs()), training(**lost(9, -20))]) == ["likelihood_displacement"]
 
 
 def test_a_policy_that_has_broken_down_says_nothing_of_its_labels():

@@ -80,6 +80,12 @@ def test_held_out_rows_stand_before_those_trained_on_and_the_newest_of_them_coun
     assert [verdict for verdict, _ in said(rows, held_out)] == ["no", "no", "yes", "yes", "no"]
 
 
+def test_an_evaluation_before_the_first_update_is_no_verdict_on_the_run():
+    """eval_on_start with eval_strategy=no, or a run that ends before its next evaluation."""
+    rows = [training(9, 0.4, chosen=0.5, rejected=-0.25, margins=0.75, accuracies=0.9)]
+    assert said(rows, [evaluation(0, 0.693, **START)]) == said(rows)
+
+
 def test_an_evaluation_of_samples_alone_is_no_verdict_on_held_out_rows():
     assert said([training(1, 0.5)], [{"step": 1, "eval_completions/kl": 0.1}]) == [("yes", "0.5")]
 
