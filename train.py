@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -91,7 +92,7 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     print(f"job {number}: {' '.join(f'{key}={value}' for key, value in overrides.items())}")
     try:
         write_results(Path(cfg.output_dir), overrides, train(cfg))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         FAILED_JOBS.append(str(number))
         print(f"error: job {number}: {error}", file=sys.stderr)
         if cfg.overwrite_output_dir or not (isinstance(error, Occupied) or is_finished(Path(cfg.output_dir))):

@@ -348,7 +348,13 @@ class Trainer:
         return self._log_evaluation(metrics, self._probe())
 
     def _probe(self) -> dict[str, float]:
-        return {name: value for probe in self.probes for name, value in probe(self.policy, self.step).items()}
+        metrics: dict[str, float] = {}
+        for probe in self.probes:
+            try:
+                metrics |= probe(self.policy, self.step)
+            except ValueError as error:  # a policy whose numbers overflow writes nothing, but may recover
+                tqdm.write(f"warning: {self._place()}: {error}")
+        return metrics
 
     def _log_evaluation(self, of_rows: dict[str, float], of_probes: dict[str, float]) -> dict[str, float]:
         for metrics in filter(None, (of_rows, of_probes)):
