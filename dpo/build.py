@@ -36,6 +36,7 @@ from dpo.reference import (
     snapshot_reference,
 )
 from dpo.reference_cache import cached_reference
+from dpo.samples import BATCH_SIZE
 from dpo.sources import Source, find_dataset
 from dpo.token_cache import cached_rows
 from dpo.tokens import Encoded, Rows, encode_all
@@ -301,11 +302,11 @@ def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int |
     free: bytes that were free before the model was loaded.
     """
     evaluation = sorted(map(Lengths.of, rows.evaluation), key=lambda row: row.tokens)
-    evaluates = cfg.eval_strategy != "no" and bool(evaluation)
+    evaluates = (cfg.eval_strategy != "no" or cfg.eval_on_start) and bool(evaluation)
     predict = partial(
         forecast, policy, optim=cfg.optim, reference=_reference_bytes(cfg, policy),
         evaluated=max(cut(evaluation, cfg.per_device_eval_batch_size), key=_tokens) if evaluates else [],
-        answers=cfg.num_samples > 0,
+        answers=_longest_prompts(cfg, rows) if cfg.num_samples else [],
     )  # fmt: skip
     train = [Lengths.of(row) for row in rows.train]
     plan = Plan.of(cfg, len(train))
@@ -322,6 +323,12 @@ def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int |
         longest = max(row.tokens for row in train)
         cfg.max_tokens_per_micro_batch = largest_budget(peak, longest, max(map(_tokens, batches)), SHARE * free)
     return forecast_of_all(predict, [micro_batches(cfg, batch) for batch in batches])
+
+
+def _longest_prompts(cfg: DictConfig, rows: Rows) -> list[Lengths]:
+    """Of the prompts that may be answered, those of a batch that takes the most memory."""
+    prompts = sorted((len(row.prompt_ids) for row in rows.evaluation or rows.train), reverse=True)
+    return [Lengths(prompt, (cfg.max_new_tokens,)) for prompt in prompts[: min(cfg.num_samples, BATCH_SIZE)]]
 
 
 def _tokens(rows: Sequence[Lengths]) -> int:

@@ -99,15 +99,11 @@ class Activations:
         return kept + self._mlp(block.mlp, self.tokens)
 
     def _norm(self, norm: nn.Module, vectors: int) -> int:
-        """The float32 input and its scale, and, for a weight's gradient, what it multiplies."""
+        """The input, and a number per vector."""
         if not isinstance(norm, RMSNorm):
             return 0
-        (width,) = norm.weight.shape
-        kept = vectors * (width + 1) * self.wide + self._cast(norm.weight) if self.flows else 0
-        if _trained(norm):
-            kept += vectors * width * self.size
-            self.flows = True
-        return kept
+        self.flows = self.flows or _trained(norm)
+        return vectors * (len(norm.weight) * self.size + self.wide) if self.flows else 0
 
     def _cast(self, weight: nn.Parameter) -> int:
         """A weight in the dtype of the computation, where it is not so itself."""
@@ -254,13 +250,13 @@ def amount(size: float) -> str:
 
 def forecast(
     policy: Transformer, rows: Sequence[Lengths], *, optim: str, reference: int, alone: bool,
-    evaluated: Sequence[Lengths], answers: bool,
+    evaluated: Sequence[Lengths], answers: Sequence[Lengths],
 ) -> Forecast:  # fmt: skip
     """The peak of a run whose largest micro-batch is `rows`.
 
     reference: bytes of a reference with weights of its own. alone: whether every logical batch is one micro-batch, so
-    that gradients come as activations go. evaluated: the largest evaluation batch, or nothing. answers: whether any are
-    drawn.
+    that gradients come as activations go. evaluated: the largest evaluation batch, or nothing. answers: the prompts of
+    the largest batch of answers, each with as many tokens as it may have, or nothing.
     """
     trained = bytes_of(p for p in policy.parameters() if p.requires_grad)
     kept = Activations(policy, rows)
@@ -276,8 +272,12 @@ def forecast(
         # Without gradient one block lives at a time, and holds at its end what it would keep.
         passing = Activations(policy, evaluated)
         evaluation = passing.hidden + max(passing.blocks) + _head(policy, passing.predicted, False)
-    # The copy of the weights that models.packed decodes with.
-    decoding = bytes_packed(policy) if answers and policy.device.type == "cpu" else 0
+    decoding = 0
+    if answers:
+        passing = Activations(policy, answers)
+        decoding = passing.hidden + max(passing.blocks) + _cache(policy, kept=sum(row.tokens for row in answers))
+        # The copy of the weights that models.packed decodes with.
+        decoding += bytes_packed(policy) if policy.device.type == "cpu" else 0
     optimizer = OPTIMIZERS[optim]([{"params": [nn.Parameter(torch.empty(0))]}])
     state = len(set(STATE_TENSORS[type(optimizer)]) - {"step"})
     parts = {
@@ -289,6 +289,13 @@ def forecast(
         holes = 0 if policy.gradient_checkpointing else round(HOLES * activations)  # see give_back_at_once
         parts |= {"holes in the heap": holes, "PyTorch itself": PYTORCH}
     return Forecast(parts, kept.tokens)
+
+
+def _cache(policy: Transformer, *, kept: int) -> int:
+    """Keys and values of `kept` tokens in every layer."""
+    config = policy.config
+    width = 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * width * kept * policy.dtype.itemsize
 
 
 def bytes_packed(policy: Transformer) -> int:

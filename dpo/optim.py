@@ -61,6 +61,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
 
+INITIAL_SCALE = 2.0**16
+
+
 class LossScale:
     """fp16's smallest normal number is 6e-5; gradients below it vanish unless the loss is scaled up before backward.
 
@@ -70,7 +73,7 @@ class LossScale:
 
     def __init__(self, dtype: torch.dtype):
         self.active = dtype == torch.float16
-        self.scale = 2.0**16 if self.active else 1.0
+        self.scale = INITIAL_SCALE if self.active else 1.0
         self.good_steps = 0
 
     def unscale(self, parameters: list[nn.Parameter]) -> bool:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.config import ModelConfig
+from models.rms_norm import rms_norm
 from models.rope import rotary, rotate
 from models.stream import Stream
 
@@ -63,7 +64,7 @@ def project(x: Tensor, *layers: Linear) -> list[Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; see models.rms_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -71,9 +72,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

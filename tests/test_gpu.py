@@ -67,5 +67,5 @@ def test_the_predicted_peak_is_what_the_allocator_counts(dtype, full, checkpoint
     for _ in range(2):
         token_logps(model, stream.to(model.device)).mean().backward()
     measured = torch.cuda.max_memory_allocated() - before
-    predicted = forecast(model, rows, optim="sgd", reference=0, alone=False, evaluated=[], answers=False).peak
+    predicted = forecast(model, rows, optim="sgd", reference=0, alone=False, evaluated=[], answers=[]).peak
     assert predicted == pytest.approx(measured, rel=0.15)

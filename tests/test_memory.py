@@ -174,7 +174,7 @@ def test_activations_and_temporaries_are_the_most_that_tensors_take(
     model.gradient_checkpointing = checkpointing
     step = lambda: token_logps(model, stream).mean().backward()
     step()
-    parts = forecast(model, LONG, optim="sgd", reference=0, alone=False, evaluated=[], answers=False).parts
+    parts = forecast(model, LONG, optim="sgd", reference=0, alone=False, evaluated=[], answers=[]).parts
     assert parts["activations"] + parts["temporaries"] == pytest.approx(allocated(step), rel=0.1)
 
 
@@ -195,7 +195,7 @@ def test_the_parts_of_a_tiny_model_by_hand():
     block = 2 * 24 * 12 + 2 * 12 * 12 + 3 * 12 * 20 + 2 * 12
     weights = 4 * (2 * 23 * 12 + 3 * block + 12)
     predict = lambda **more: forecast(model, ROWS, **({"optim": "adamw_torch", "reference": 7, "alone": False,
-                                                       "evaluated": [], "answers": False} | more))  # fmt: skip
+                                                       "evaluated": [], "answers": []} | more))  # fmt: skip
     parts = predict().parts
     assert (parts["weights"], parts["reference"], parts["optimizer"]) == (weights, 7, 2 * weights)
     assert parts["gradients"] == weights and parts["evaluation"] == 0
@@ -204,14 +204,14 @@ def test_the_parts_of_a_tiny_model_by_hand():
     assert [predict(optim=name).parts["optimizer"] // weights for name in ("sgd", "rmsprop")] == [0, 1]
     # Alone, gradients come as activations go: what they take beyond these, which is nothing here.
     assert parts["activations"] + parts["temporaries"] > weights and predict(alone=True).parts["gradients"] == 0
-    tiny = forecast(model, [Lengths(1, (1,))], optim="sgd", reference=0, alone=True, evaluated=[], answers=False).parts
+    tiny = forecast(model, [Lengths(1, (1,))], optim="sgd", reference=0, alone=True, evaluated=[], answers=[]).parts
     assert sum(tiny[name] for name in ("gradients", "activations", "temporaries")) == weights
 
 
 def test_an_evaluation_counts_where_it_takes_more_than_training():
     model = model_of(LLAMA, torch.float32, full=False)
 
-    def predict(rows: list[Lengths], answers: bool = False) -> dict[str, int]:
+    def predict(rows: list[Lengths], answers: Sequence[Lengths] = ()) -> dict[str, int]:
         return forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=rows, answers=answers).parts
 
     assert predict([Lengths(5, (5, 5))])["evaluation"] == 0
@@ -231,7 +231,7 @@ def test_the_weights_that_answers_are_decoded_with_are_counted_once_each():
 def test_checkpointing_leaves_no_holes():
     model = model_of(LLAMA, torch.float32, full=False)
     model.gradient_checkpointing = True
-    parts = forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=[], answers=False).parts
+    parts = forecast(model, ROWS, optim="sgd", reference=0, alone=False, evaluated=[], answers=[]).parts
     assert parts["holes in the heap"] == 0 and parts["PyTorch itself"] == PYTORCH
 
 

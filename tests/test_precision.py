@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dpo.build
 import dpo.logprobs
+from dpo import optim
 from dpo.build import WORLD, build_objective, build_policy, build_rows, build_template
 from dpo.checkpoint import save_checkpoint
 from dpo.doctor.flips import NoDirectory
@@ -172,11 +173,14 @@ def test_a_gradient_below_float16s_smallest_number_survives_by_the_scale(tiny):
     assert not gradient(config(tiny, "fp16=true"), weight=1e-8, scale=1.0).any()
 
 
-def test_an_fp16_run_leaves_out_what_overflows_and_then_learns_as_float32_does(tiny):
-    """All updates are of the same rows at the same rate, so that it is float32's run, some updates later."""
+def test_an_fp16_run_leaves_out_what_overflows_and_then_learns_as_float32_does(tiny, monkeypatch):
+    """A scale that is four times the usual overflows here. All updates are of the same rows at the same rate, so that
+    it is float32's run, some updates later.
+    """
+    monkeypatch.setattr(optim, "INITIAL_SCALE", 2.0**18)
     plain, run = (trainer_of(config(tiny, *flag, "learning_rate=1e-2")) for flag in (FLAGS["float32"], ["fp16=true"]))
     losses = [one_update(plain) for _ in range(8)]
-    scale, start = 2.0**16, [p.detach().clone() for p in run.parameters]
+    scale, start = 2.0**18, [p.detach().clone() for p in run.parameters]
     while True:
         first = one_update(run)
         if run.loss_scale.scale == scale:
@@ -185,13 +189,14 @@ def test_an_fp16_run_leaves_out_what_overflows_and_then_learns_as_float32_does(t
         assert run.loss_scale.scale == scale and run.loss_scale.good_steps == 0
         assert all(torch.equal(p, before) for p, before in zip(run.parameters, start, strict=True))
         assert not run.optimizer.state
-    assert 1 <= scale < 2.0**16
+    assert 1 <= scale < 2.0**18
     assert [first, *(one_update(run) for _ in range(7))] == pytest.approx(losses, abs=0.01)
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_resumed_fp16_run_keeps_its_scale(tiny, tmp_path):
-    """Which has halved by then: one that began at 2^16 again would overflow again."""
+def test_a_resumed_fp16_run_keeps_its_scale(tiny, tmp_path, monkeypatch):
+    """Which has halved by then: one that began at 2^18 again would overflow again."""
+    monkeypatch.setattr(optim, "INITIAL_SCALE", 2.0**18)
     run = tmp_path / "run"
     overrides = ["fp16=true", "max_steps=8", "save_steps=4", "logging_steps=1", "num_samples=0", f"output_dir={run}"]
 
@@ -204,7 +209,7 @@ def test_a_resumed_fp16_run_keeps_its_scale(tiny, tmp_path):
     train(config(tiny, *overrides))
     expected = result()
     halved = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
-    assert halved["loss_scale"] < 2.0**16 and 0 < halved["good_steps"] < 4
+    assert halved["loss_scale"] < 2.0**18 and 0 < halved["good_steps"] < 4
     (run / "checkpoint-8").rename(tmp_path / "checkpoint-8")
     train(config(tiny, *overrides, "resume_from_checkpoint=true"))
     assert result() == expected
