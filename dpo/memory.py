@@ -142,12 +142,9 @@ class Activations:
         return kept + self._linear(self.tokens, attention.o_proj)
 
     def _mlp(self, mlp: MLP, vectors: int) -> int:
-        before = self.flows
         kept = self._linear(vectors, mlp.gate_proj, mlp.up_proj)
-        inner = vectors * len(mlp.gate_proj.weight) * self.size
-        # silu keeps its input; the product keeps the one side for the gradient of the other.
-        kept += 2 * inner if before or _trained(mlp.gate_proj) else 0
-        kept += inner if before or _trained(mlp.up_proj) else 0
+        # Both sides of the product.
+        kept += 2 * vectors * len(mlp.gate_proj.weight) * self.size if self.flows else 0
         return kept + self._linear(vectors, mlp.down_proj)
 
     def _experts(self, mixture: MixtureOfExperts) -> int:
@@ -212,7 +209,7 @@ def _head(policy: Transformer, predicted: int, backward: bool) -> int:
 def _block_backward(policy: Transformer, tokens: int) -> int:
     """The gradients that live at once where the last block's backward pass begins.
 
-    Those of the MLP's product, of silu's output and of the up projection, of which one takes the product's place; and
+    Those of the MLP's product, of silu's output and of one projection, of which one takes the product's place; and
     a weight's own, before it is added and, where the weight is a float32 master, cast. A tied embedding's gradient of
     the head waits for the one of the input.
     """

@@ -25,6 +25,7 @@ from models.config import ModelConfig
 from models.rms_norm import rms_norm
 from models.rope import rotary, rotate
 from models.stream import Stream
+from models.swiglu import swiglu
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_THE, k_TGE, v_TGE) -> (T, H, E): what the tokens of one layer make of each other."""
@@ -108,7 +109,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
+    """down(silu(gate(x)) * up(x)); see models.swiglu."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool):
         super().__init__()
@@ -118,7 +119,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = project(x_TD, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate_TF) * up_TF)
+        return self.down_proj(swiglu(gate_TF, up_TF))
 
 
 class Router(nn.Module):
