@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_ends_the_run_with_the_last_good_checkpoint_untouche
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     first = start(tmp_path / "a")
-    while not (tmp_path / "a" / "metrics.jsonl").exists():
+    while not checkpoints(tmp_path / "a"):
         time.sleep(0.01)
     os.kill(first, signal.SIGSTOP)
     with pytest.raises(ValueError, match=f"output_dir={tmp_path}/a: process {first} on .* is training in it; wait for"):
