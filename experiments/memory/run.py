@@ -108,7 +108,9 @@ def measure(model: str, tokens: int, rows: int, updates: int, more: Sequence[str
         overrides = [
             f"model_name_or_path={model}", f"dataset={directory}/rows.jsonl", f"output_dir={directory}/run",
             f"max_steps={updates}", f"gradient_accumulation_steps={rows}", f"max_tokens_per_micro_batch={tokens}",
-            "device=cpu", "learning_rate=1e-6", "num_train_epochs=10", "cutoff_len=100000", "num_samples=0", *more,
+            "device=cpu", "learning_rate=1e-6", "num_train_epochs=10", "cutoff_len=100000", "num_samples=0",
+            "plot_loss=false",  # matplotlib is 40 MB of code, after training
+            *more,
         ]  # fmt: skip
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", ["~experiment", *overrides])
