@@ -217,7 +217,7 @@ Check = Callable[[Diagnosis], str | None]
 DIAGNOSTICS: dict[str, tuple[Check, str]] = {
     "non_finite": (
         non_finite,
-        "Lower learning_rate, raise pref_beta or lower max_grad_norm; with fp16 bf16; read the rows that were named",
+        "Lower learning_rate, raise pref_beta or lower max_grad_norm; with fp16 try bf16; read the rows it names",
     ),
     "training_instability": (
         training_instability, "Lower learning_rate (the guide: 1e-7), raise pref_beta (0.2), lower max_grad_norm (0.5)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo.fused import CHUNK_ELEMENTS
-from dpo.logprobs import predictors
+from dpo.logprobs import next_token_logps, predictors
 from dpo.reference import LiveReference
 from models.stream import Stream
 from models.transformer import Transformer
@@ -39,15 +39,10 @@ def kl_and_entropy(policy: Transformer, reference: LiveReference | None, stream:
     kl, entropy = [], []
     for start in range(0, len(policy_RD), chunk):
         part = slice(start, start + chunk)
-        logps_CV = _log_softmax(policy_RD[part], policy.head_weight_VD)
+        logps_CV = next_token_logps(policy_RD[part], policy.head_weight_VD)
         p_CV = logps_CV.exp()
-        reference_logps_CV = _log_softmax(reference_RD[part], reference_head_VD)
+        reference_logps_CV = next_token_logps(reference_RD[part], reference_head_VD)
         kl.append((p_CV[:, shared] * (logps_CV[:, shared] - reference_logps_CV[:, shared])).sum(-1))
         entropy.append(-(p_CV * logps_CV).sum(-1))
     kl_R = torch.cat(kl)
     return kl_R if reference is not None else torch.full_like(kl_R, torch.nan), torch.cat(entropy)
-
-
-def _log_softmax(hidden_CD: Tensor, head_weight_VD: Tensor) -> Tensor:
-    logits_CV = hidden_CD @ head_weight_VD.to(hidden_CD.dtype).T
-    return (logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()).log_softmax(-1)

@@ -17,15 +17,16 @@ from models.transformer import Transformer
 
 def gather_logps(hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor) -> Tensor:
     """(R,) log softmax(hidden W^T)[target], nats; float32, or float64 for float64 inputs."""
-    return _log_softmax(hidden_RD, head_weight_VD).gather(-1, target_R[:, None])[:, 0]
+    return next_token_logps(hidden_RD, head_weight_VD).gather(-1, target_R[:, None])[:, 0]
 
 
 def gather_log_sum_sq(hidden_RD: Tensor, head_weight_VD: Tensor) -> Tensor:
     """(R,) log sum_v softmax(hidden W^T)[v]^2: of the probability that two draws agree. Between -log V and 0."""
-    return (2 * _log_softmax(hidden_RD, head_weight_VD)).logsumexp(-1)
+    return (2 * next_token_logps(hidden_RD, head_weight_VD)).logsumexp(-1)
 
 
-def _log_softmax(hidden_RD: Tensor, head_weight_VD: Tensor) -> Tensor:
+def next_token_logps(hidden_RD: Tensor, head_weight_VD: Tensor) -> Tensor:
+    """(R, V) log softmax(hidden W^T), nats; float32, or float64 for float64 inputs."""
     logits_RV = hidden_RD @ head_weight_VD.to(hidden_RD.dtype).T
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     return logits_RV.log_softmax(-1)

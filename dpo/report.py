@@ -11,7 +11,8 @@ from typing import Any
 
 from dpo.diagnostics import Alarm
 from dpo.run import RunDir, is_evaluation
-from dpo.samples import at_two_steps, printable
+from dpo.samples import at_two_steps
+from models.command import printable
 
 HEALTHY_LOSS = (0.3, 0.6)
 SHOWN_SAMPLES = 8

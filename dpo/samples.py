@@ -24,6 +24,7 @@ from dpo.logprobs import sum_over_responses
 from dpo.reference import LiveReference
 from dpo.step_log import StepLog
 from dpo.tokens import Encoded
+from models.command import printable
 from models.generate import Completion, generate
 from models.sampling import DRAWN
 from models.stream import pack
@@ -135,8 +136,3 @@ def mean(values: Sequence[float]) -> float:
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; 0 of a single value."""
     return float(torch.tensor(values, dtype=torch.float64).var(unbiased=len(values) > 1)) ** 0.5 / len(values) ** 0.5
-
-
-def printable(text: str) -> str:
-    """Whatever a model writes, a terminal is not to obey it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -67,5 +67,6 @@ class Watch:
     def resume(self, window: Mapping[str, list[float]]) -> None:
         """Go on after the rows that the run's directory holds, whose alarms have been said."""
         self.window = Means(dict(window))
-        for row in self.run_dir.logged() if self.diagnosis else ():
-            self.diagnosis.read(row)  # type: ignore[union-attr]
+        if self.diagnosis is not None:
+            for row in self.run_dir.logged():
+                self.diagnosis.read(row)

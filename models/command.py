@@ -80,6 +80,11 @@ def while_read() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def printable(text: str) -> str:
+    """Whatever a row holds or a model writes, a terminal is not to obey it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def prepare_command_line(schema: type) -> None:
     """Replace sys.argv by its expansion (see expand_arguments), and print the notes."""
     with one_line_errors():

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from test_doctor_command import Tags
 
 import train  # noqa: F401  (registers its schema)
 from dpo.config import TrainConfig
@@ -223,16 +223,6 @@ def test_where_the_datasets_cannot_be_read_the_map_is_drawn_and_the_reason_said(
     (run / "config.yaml").unlink()
     map_run(config(f"ledger={run}", f"output_dir={tmp_path / 'out'}"))
     assert "texts are not shown: " in capsys.readouterr().out
-
-
-class Tags(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
 
 
 def test_the_page_has_a_plot_where_matplotlib_is_and_says_so_where_not(run, tmp_path, monkeypatch, capsys):

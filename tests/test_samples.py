@@ -12,9 +12,10 @@ from dpo.build import WORLD
 from dpo.evals.world_reward import response_probabilities
 from dpo.formats import Example
 from dpo.reference import base_reference, frozen_reference
-from dpo.samples import BATCH_SIZE, Samples, distinct_pairs, printable, repeated, standard_error, with_end
+from dpo.samples import BATCH_SIZE, Samples, distinct_pairs, repeated, standard_error, with_end
 from dpo.step_log import StepLog
 from dpo.tokens import Encoded, encode
+from models.command import printable
 from models.config import parse_model_config, read_model_config
 from models.generate import Completion
 from models.lora import inject_lora, lora_layers

@@ -39,11 +39,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo.build import read_datasets
 from dpo.doctor.page import NO_PLOT, STYLE, WORST, picture, row_html
-from dpo.doctor.report import printable
 from dpo.files import rows_of
 from dpo.formats import BadRow, Example
 from dpo.run import CONFIG
 from dpo.turns import is_number, show
+from models.command import printable
 
 LEDGER = "ledger.jsonl"
 SPLITS = {"train": 2, "eval": 1}

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo.doctor.check import VERDICTS, Check
 from dpo.doctor.text import Corpus
+from models.command import printable
 
 MOST_TELLING, PLACES = 3, 3
 
@@ -30,11 +31,6 @@ def summary(checks: Sequence[Check], corpus: Corpus) -> str:
         lines += [f"   {corpus.source(row)}: {why}" for row, why in list(check.rows.items())[:PLACES]]
     counts = ", ".join(f"{sum(c.verdict == verdict for c in checks)} {verdict}" for verdict in reversed(VERDICTS))
     return printable("\n".join([*lines, "", f"{len(corpus):,} rows: {counts}"]))
-
-
-def printable(text: str) -> str:
-    """Whatever a row holds, a terminal is not to obey it."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def dropped(checks: Sequence[Check]) -> dict[int, list[str]]:
