@@ -136,9 +136,13 @@ class Activations:
         kept = self._linear(self.tokens, attention.q_proj, attention.k_proj, attention.v_proj)
         kept += self._norm(attention.q_norm, self.tokens * heads) + self._norm(attention.k_norm, self.tokens * groups)
         for n, q, k, masked in self.attention if self.flows else ():
-            # Gathered queries, keys and values, the output and its log-sum-exp; a mask as numbers to add.
+            # Gathered queries, keys and values, the output and its log-sum-exp.
             kept += n * (q * heads * (2 * head_dim * self.size + self.wide) + k * groups * 2 * head_dim * self.size)
-            kept += n * q * k * self.size if masked or (window is not None and k > window) else 0
+            windowed = window is not None and k > window
+            if self.policy.device.type == "cpu" and self.policy.dtype == torch.bfloat16:
+                kept += n * q * k if windowed else 0  # a mask of booleans, unless it is the stream's
+            else:
+                kept += n * q * k * self.size if masked or windowed else 0  # a mask as numbers to add
         return kept + self._linear(self.tokens, attention.o_proj)
 
     def _mlp(self, mlp: MLP, vectors: int) -> int:

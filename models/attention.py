@@ -1,7 +1,8 @@
 """Softmax attention over a packed stream: softmax(q k^T / sqrt(E)) v, each token over what it may see.
 
-`attention` computes it row by row with PyTorch's fused kernel on CPU and CUDA; `dense_attention` is its obvious twin
-over a (T, T) visibility matrix, the oracle of the tests. Grouped-query attention: H query heads share G key-value
+`attention` computes it row by row with PyTorch's fused kernel on CPU and CUDA, whose backward pass bfloat16 on the CPU
+replaces (models.attention_gradient); `dense_attention` is its obvious twin over a (T, T) visibility matrix, the oracle
+of the tests. Grouped-query attention: H query heads share G key-value
 heads (Ainslie et al. 2023, arXiv:2305.13245). With a sliding window a token sees itself and the window - 1 positions
 before it (Mistral: Jiang et al. 2023, arXiv:2310.06825).
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention_gradient import attention_with_gradient
 from models.stream import AttentionRows, Stream
 
 
@@ -25,10 +27,13 @@ def attention(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, stream: Stream, windo
         mask_NQK = rows.mask_NQK
         if window is not None and rows.key_NK.shape[1] > window:
             mask_NQK = _within(window, rows, stream.positions_T)
-        out_NHQE = F.scaled_dot_product_attention(
-            q_NHQE, k_NGKE, v_NGKE, attn_mask=None if mask_NQK is None else mask_NQK[:, None],
-            is_causal=mask_NQK is None, enable_gqa=True,
-        )  # fmt: skip
+        if q_NHQE.dtype == torch.bfloat16 and q_NHQE.device.type == "cpu" and torch.is_grad_enabled():
+            out_NHQE = attention_with_gradient(q_NHQE, k_NGKE, v_NGKE, mask_NQK)
+        else:
+            out_NHQE = F.scaled_dot_product_attention(
+                q_NHQE, k_NGKE, v_NGKE, attn_mask=None if mask_NQK is None else mask_NQK[:, None],
+                is_causal=mask_NQK is None, enable_gqa=True,
+            )  # fmt: skip
         outputs.append(out_NHQE.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, stream.slot_T)
 
