@@ -47,8 +47,6 @@ class _Attention(torch.autograd.Function):
         (N, H, Q, E), (G, K), dtype = q_NHQE.shape, k_NGKE.shape[1:3], q_NHQE.dtype
         scale = E**-0.5
         d_NHQ = (do_NHQE.float() * out_NHQE.float()).sum(-1)
-        # A query that sees nothing, which only padding does, has an L of -inf.
-        lse_NHQ = lse_NHQ.masked_fill(lse_NHQ.isneginf(), 0)
         q_NHQW, do_NHQW = _lengthened(q_NHQE, lse_NHQ / -scale), _lengthened(do_NHQE, -d_NHQ)
         k_MKW, v_MKW = (torch.nn.functional.pad(x.flatten(0, 1), (0, 2), value=1.0) for x in (k_NGKE, v_NGKE))
         added_N1QK = _added(mask_NQK, dtype)

@@ -58,8 +58,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "rewards/chosen" in entry]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": clock.seconds, "losses": losses, "peak": peak}
+    return {"seconds": clock.seconds, "losses": losses, "peak": peak()}
+
+
+def peak() -> int:
+    """Bytes: the allocator's on CUDA, the process's elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
