@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,11 +28,12 @@ STAGES = {
     "run:": "result, report",
 }
 """How a line begins: what was done since the line before."""
+END = "end of the process"
 
 
-def run(arguments: Sequence[str]) -> tuple[Counter[str], float]:
+def run(arguments: Sequence[str]) -> tuple[dict[str, float], float]:
     """(seconds of each stage of one process, CPU seconds)."""
-    stages: Counter[str] = Counter()
+    stages = dict.fromkeys([*STAGES.values(), END], 0.0)
     before, last = cpu_seconds(), time.perf_counter()
     command = [sys.executable, "train.py", *arguments]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> tuple[Counter[str], float]:
                 last = now
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
-    stages["end of the process"] += time.perf_counter() - last
+    stages[END] += time.perf_counter() - last
     return stages, cpu_seconds() - before
 
 
@@ -62,15 +62,15 @@ def main(arguments: Sequence[str]) -> None:
     keys = [text for text in arguments if not text.startswith("betas=")]
     with tempfile.TemporaryDirectory() as folder:
         sweep, sweep_cpu = run(["-m", f"pref_beta={betas}", *keys, f"output_dir={folder}/sweep"])
-        single, single_cpu = Counter[str](), 0.0
-        for beta in betas.split(","):
-            stages, cpu = run([f"pref_beta={beta}", *keys, f"output_dir={folder}/{beta}"])
-            single, single_cpu = single + stages, single_cpu + cpu
-    print(f"| {len(betas.split(','))} jobs, seconds | one after another | one sweep |\n|---|---|---|")
-    for name in [*STAGES.values(), "end of the process"]:
+        alone = [run([f"pref_beta={beta}", *keys, f"output_dir={folder}/{beta}"]) for beta in betas.split(",")]
+    single_cpu = sum(cpu for _, cpu in alone)
+    single = {name: sum(stages[name] for stages, _ in alone) for name in sweep}
+    print(f"| {len(alone)} jobs, seconds | one after another | one sweep |\n|---|---|---|")
+    for name in sweep:
         print(f"| {name} | {single[name]:.1f} | {sweep[name]:.1f} |")
-    print(f"| all | {single.total():.1f} | {sweep.total():.1f} |\n| CPU time | {single_cpu:.1f} | {sweep_cpu:.1f} |")
-    print(f"| **ratio** (of CPU time) | | **{sweep.total() / single.total():.2f}** ({sweep_cpu / single_cpu:.2f}) |")
+    of_all = sum(sweep.values()), sum(single.values())
+    print(f"| all | {of_all[1]:.1f} | {of_all[0]:.1f} |\n| CPU time | {single_cpu:.1f} | {sweep_cpu:.1f} |")
+    print(f"| **ratio** (of CPU time) | | **{of_all[0] / of_all[1]:.2f}** ({sweep_cpu / single_cpu:.2f}) |")
 
 
 if __name__ == "__main__":
