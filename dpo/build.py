@@ -25,7 +25,7 @@ from dpo.memory import (
     forecast_of_all,
     largest_budget,
 )
-from dpo.plan import Plan, cut, cut_by_tokens, micro_batches
+from dpo.plan import Plan, cut, cut_by_tokens, cutting
 from dpo.preference import PreferenceObjective
 from dpo.reference import (
     LiveReference,
@@ -301,14 +301,14 @@ def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int |
 
     free: bytes that were free before the model was loaded.
     """
+    train = [Lengths.of(row) for row in rows.train]
     evaluation = sorted(map(Lengths.of, rows.evaluation), key=lambda row: row.tokens)
     evaluates = (cfg.eval_strategy != "no" or cfg.eval_on_start) and bool(evaluation)
     predict = partial(
         forecast, policy, optim=cfg.optim, reference=_reference_bytes(cfg, policy),
         evaluated=max(cut(evaluation, cfg.per_device_eval_batch_size), key=_tokens) if evaluates else [],
-        answers=_longest_prompts(cfg, rows) if cfg.num_samples else [],
+        answers=_longest_prompts(cfg, evaluation or train) if cfg.num_samples else [],
     )  # fmt: skip
-    train = [Lengths.of(row) for row in rows.train]
     plan = Plan.of(cfg, len(train))
     batches = [[train[i] for i in plan.indices(step)] for step in range(plan.total_steps)]
     if cfg.max_tokens_per_micro_batch == "auto":
@@ -322,12 +322,12 @@ def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int |
 
         longest = max(row.tokens for row in train)
         cfg.max_tokens_per_micro_batch = largest_budget(peak, longest, max(map(_tokens, batches)), SHARE * free)
-    return forecast_of_all(predict, [micro_batches(cfg, batch) for batch in batches])
+    return forecast_of_all(predict, list(map(cutting(cfg), batches)))
 
 
-def _longest_prompts(cfg: DictConfig, rows: Rows) -> list[Lengths]:
+def _longest_prompts(cfg: DictConfig, rows: Sequence[Lengths]) -> list[Lengths]:
     """Of the prompts that may be answered, those of a batch that takes the most memory."""
-    prompts = sorted((len(row.prompt_ids) for row in rows.evaluation or rows.train), reverse=True)
+    prompts = sorted((row.prompt for row in rows), reverse=True)
     return [Lengths(prompt, (cfg.max_new_tokens,)) for prompt in prompts[: min(cfg.num_samples, BATCH_SIZE)]]
 
 

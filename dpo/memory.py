@@ -56,7 +56,8 @@ class Lengths(NamedTuple):
 
     @classmethod
     def of(cls, row: Encoded) -> "Lengths":
-        return cls(len(row.prompt_ids), row.lengths)
+        lengths = row.lengths
+        return cls(row.tokens - sum(lengths), lengths)  # a row of the token cache reads no ids for that
 
 
 def attention_shapes(rows: Sequence[Lengths]) -> list[tuple[int, int, int, bool]]:

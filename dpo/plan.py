@@ -1,9 +1,9 @@
 """Which rows each update takes, a function of config and seed alone; and how they are cut into micro-batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -52,9 +52,14 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 
 def micro_batches(cfg: DictConfig, batch: Sequence[Row]) -> list[Sequence[Row]]:
     """A logical batch as it passes through the model, in its order: a function of the config and the rows' lengths."""
+    return cutting(cfg)(batch)
+
+
+def cutting(cfg: DictConfig) -> Callable[[Sequence[Row]], list[Sequence[Row]]]:
+    """micro_batches for many batches: a look into the config takes longer than a cut."""
     if cfg.max_tokens_per_micro_batch is None:
-        return cut(batch, cfg.per_device_train_batch_size)
-    return cut_by_tokens(batch, cfg.max_tokens_per_micro_batch)
+        return partial(cut, size=cfg.per_device_train_batch_size)
+    return partial(cut_by_tokens, most=cfg.max_tokens_per_micro_batch)
 
 
 def cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

@@ -29,7 +29,7 @@ from torch import Tensor
 PADDING_LIMIT = 1.25
 SMALL_AREA = 1 << 18
 
-Row = tuple[range, range]
+Row = tuple[Sequence[int], range]
 """What a row's queries see besides themselves (a branch's trunk, or nothing), and its queries; stream indices."""
 NOTHING = range(0)
 
@@ -101,14 +101,14 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence
                 rows.append((trunk, branch))
         if not branches:
             rows.append((NOTHING, trunk))
-    batches, slot_T = _attention_rows(rows, len(ids))
+    batches, slot_T = attention_rows(rows, len(ids))
     return Stream(
         torch.tensor(ids), torch.tensor(positions), torch.tensor(predictor, dtype=torch.long),
         torch.tensor(target, dtype=torch.long), torch.tensor(lengths, dtype=torch.long), batches, slot_T,
     )  # fmt: skip
 
 
-def _attention_rows(rows: list[Row], tokens: int) -> tuple[tuple[AttentionRows, ...], Tensor]:
+def attention_rows(rows: Sequence[Row], tokens: int) -> tuple[tuple[AttentionRows, ...], Tensor]:
     """Rows batched by length, and the (T,) slot of every token in their concatenated outputs."""
     batches: list[AttentionRows] = []
     slot_T = torch.empty(tokens, dtype=torch.long)
@@ -132,7 +132,7 @@ def _attention_rows(rows: list[Row], tokens: int) -> tuple[tuple[AttentionRows, 
     return tuple(batches), slot_T
 
 
-def batch_by_length(rows: list[Row]) -> list[list[Row]]:
+def batch_by_length(rows: Sequence[Row]) -> list[list[Row]]:
     """Groups of rows of similar size; see PADDING_LIMIT."""
     groups: list[list[Row]] = []
     real, width = 0, (0, 0)

@@ -273,6 +273,19 @@ def test_a_sweep_over_beta_loss_rate_and_seed_computes_once(tmp_path, passes):
     assert len(parts(tmp_path / "reference")) == 1
 
 
+def test_a_job_of_a_sweep_ends_where_a_run_of_its_own_does(tmp_path):
+    """Bit for bit: what earlier jobs of the process did, and that they computed the caches, does not show."""
+    changes = ["learning_rate=1e-2", "val_size=4"]
+    for number, beta in enumerate((0.1, 0.3)):
+        sweep_job(config(tmp_path / "sweep", *changes, f"pref_beta={beta}"), {}, number)
+    alone = tmp_path / "alone"
+    caches = [f"ref_cache_dir={tmp_path}/reference", f"tokenized_path={tmp_path}/tokenized"]
+    train(config(alone, *changes, "pref_beta=0.3", *caches))
+    job = tmp_path / "sweep" / "1"
+    assert (job / "adapter_model.safetensors").read_bytes() == (alone / "adapter_model.safetensors").read_bytes()
+    assert metrics(job) == metrics(alone)
+
+
 def test_a_sweep_keeps_to_the_directory_that_is_named(tmp_path):
     sweep_job(config(tmp_path / "sweep", f"ref_cache_dir={tmp_path / 'cache'}", "max_steps=1"), {}, 0)
     assert len(parts(tmp_path / "cache")) == 1 and not (tmp_path / "sweep" / "reference").exists()

@@ -7,9 +7,11 @@ import torch
 
 from dpo.build import WORLD
 from dpo.evals.world_reward import response_probabilities, score
+from dpo.logprobs import sum_over_responses, token_logps
 from experiments.world import world
 from models.generate import generate
 from models.sampling import GREEDY
+from models.stream import pack
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.weights import load_model
@@ -29,8 +31,6 @@ def template() -> ChatTemplate:
 
 def test_a_responses_probability_is_the_product_of_its_next_token_probabilities(model, template):
     """Token by token with the plain decoder's forward pass, up to and including <|im_end|>."""
-    from models.stream import pack
-
     response = world.responses(PROMPT)[7]
     prompt_ids, (ids,) = template.encode([{"role": "user", "content": PROMPT}], [response])
     expected = 0.0
@@ -41,6 +41,17 @@ def test_a_responses_probability_is_the_product_of_its_next_token_probabilities(
     assert response_probabilities(model, template, PROMPT)[response] == pytest.approx(
         torch.tensor(expected).exp().item(), rel=1e-4
     )
+
+
+def test_the_tree_gives_every_response_the_probability_that_it_has_as_a_branch_of_its_own(template):
+    """In float64, all 135 responses against models.stream.pack."""
+    model = load_model(WORLD / "model", dtype=torch.float64, device=torch.device("cpu"))
+    prompt_ids, responses = template.encode([{"role": "user", "content": PROMPT}], world.responses(PROMPT))
+    stream = pack([prompt_ids], [[ids[:-1] for ids in responses]])  # the newline after <|im_end|> is the template's
+    with torch.no_grad():
+        logps = sum_over_responses(token_logps(model, stream), stream.lengths_B)
+    found = response_probabilities(model, template, PROMPT)
+    torch.testing.assert_close(torch.tensor(list(found.values()), dtype=torch.float64).log(), logps, rtol=1e-10, atol=0)
 
 
 def test_the_score_is_the_mean_of_the_worlds_sums(model, template):

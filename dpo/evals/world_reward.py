@@ -2,18 +2,23 @@
 
     E[r] = sum_y pi(y|x) r(y|x) + (1 - sum_y pi(y|x)) r_outside        y over the prompt's whole grammar
 
-Every response of a prompt's grammar is a branch of one trunk, so one packed pass gives all of their probabilities. What
-the policy puts on other texts (and on other tokenizations of these) is the mass outside; it earns the lowest reward.
+The 135 responses of a prompt's grammar are one tree of tokens: those that begin alike share their beginning. One pass
+over 1,200 tokens, a third of those in branches of their own, gives all of their probabilities. What the policy puts on
+other texts (and on other tokenizations of these) is the mass outside; it earns the lowest reward.
+
+Shapes: T tokens of the tree with its prompt, R without.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 
 import torch
 
-from dpo.logprobs import sum_over_responses, token_logps
+from dpo.logprobs import token_logps
 from experiments.world import world
-from models.stream import pack
+from models.stream import NOTHING, Row, Stream, attention_rows
 from models.template import ChatTemplate
 from models.transformer import Transformer
 
@@ -34,9 +39,34 @@ def response_probabilities(policy: Transformer, template: ChatTemplate, prompt: 
     # Generation stops at the end of the turn: what the template writes after it is not the policy's choice.
     stops = template.stop_ids
     ends = [next(i for i, token in enumerate(ids) if token in stops) + 1 for ids in responses]
-    stream = pack([prompt_ids], [[ids[:end] for ids, end in zip(responses, ends, strict=True)]]).to(policy.device)
-    logps = sum_over_responses(token_logps(policy, stream), stream.lengths_B)
-    return dict(zip(texts, logps.double().exp().tolist(), strict=True))
+    stream, places = tree(prompt_ids, [ids[:end] for ids, end in zip(responses, ends, strict=True)])
+    logps_R = token_logps(policy, stream.to(policy.device)).double().cpu()
+    return {text: float(logps_R[place].sum().exp()) for text, place in zip(texts, places, strict=True)}
+
+
+def tree(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> tuple[Stream, list[list[int]]]:
+    """(the stream of the tree, in which a token sees the path to itself; each response's places among the R)."""
+    ids, positions, predictor = list(prompt), list(range(len(prompt))), list[int]()
+    rows, places = list[Row](), [list[int]() for _ in responses]
+    path: list[int] = list(range(len(prompt)))
+    before: Sequence[int] = ()
+    for i, response in sorted(enumerate(responses), key=lambda item: list(item[1])):  # neighbours share the most
+        shared = len(list(takewhile(bool, map(eq, before, response))))
+        path, before = path[: len(prompt) + shared], response
+        branch = range(len(ids), len(ids) + len(response) - shared)
+        rows.append((path, branch) if rows else (NOTHING, range(branch.stop)))
+        ids += response[shared:]
+        predictor += [path[-1], *branch[:-1]]
+        path = [*path, *branch]
+        positions += range(len(prompt) + shared, len(path))
+        places[i] = [place - len(prompt) for place in path[len(prompt) :]]
+    batches, slot_T = attention_rows(rows, len(ids))
+    target = torch.tensor(ids[len(prompt) :])
+    stream = Stream(
+        torch.tensor(ids), torch.tensor(positions), torch.tensor(predictor), target, torch.tensor([len(target)]),
+        batches, slot_T,
+    )  # fmt: skip
+    return stream, places
 
 
 def probe(template: ChatTemplate, prompts: Sequence[str]) -> Callable[[Transformer, int], dict[str, float]]:
