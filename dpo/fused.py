@@ -2,17 +2,20 @@
 
     logp_t = h_t . W[y_t] - logsumexp_v(h_t . W[v])          d logp_t / d h_t = (onehot(y_t) - softmax(h_t W^T)) W
 
-Rows go through the head a chunk at a time, so the largest intermediate is (C, V). With a frozen head (LoRA) the
-gradient of each log-probability with respect to its hidden state is finished in the forward pass, while the chunk's
-softmax is at hand, and the backward pass is one multiplication. A trained head recomputes each chunk instead, because
-its own gradient needs the loss's weight on every token.
+Rows go through the head a chunk at a time, so the largest intermediate is (C, V), in the weights' dtype. With a frozen
+head (LoRA) the gradient of each log-probability with respect to its hidden state is finished in the forward pass, while
+the chunk's softmax is at hand, and the backward pass is one multiplication. A trained head's own gradient needs the
+loss's weight on every token. Where all tokens are one chunk, onehot - softmax is kept for it. Where they are not, the
+backward pass computes it again from the log-sum-exp, a block of the vocabulary for all tokens at a time: then each row
+of the head's gradient is one product, and no second (V, D) sum is there.
 
 log sum_v p_v^2 can be had beside it, without gradient, from the softmax that is at hand.
 
 The softmax is float32 at least. onehot - softmax is formed before it is rounded to the weights' dtype: for a confident
-token both are near one, and their difference is the gradient. The head's gradient is accumulated in float32.
+token both are near one, and their difference is the gradient. What is summed over blocks is summed in float32.
 
-Shapes: R response tokens, C of them in a chunk, D width, V vocabulary.
+Shapes: R response tokens, C of them in a chunk, D width, V vocabulary; B rows or B columns of a block, which is the
+part of a chunk that one pass of the processor's cache holds.
 """
 
 from collections.abc import Iterator
@@ -21,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one chunk's logits: 64 MiB in float32. Large enough that the matrix product runs at full speed.
+# Elements of one chunk's logits: 32 MiB in bfloat16. Large enough that the matrix product runs at full speed.
 CHUNK_ELEMENTS = 1 << 24
+# Elements of a block on the CPU: 8 MiB in float32, which stays in the cache; larger ones take up to five times as long.
+BLOCK_ELEMENTS = 1 << 21
 
 
 def fused_logps(hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int | None = None) -> Tensor:
@@ -51,21 +56,27 @@ class _FusedLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RD: Tensor, head_weight_VD: Tensor, target_R: Tensor, chunk: int, sum_sq: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.chunk = chunk
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         weight_VD = head_weight_VD.to(hidden_RD.dtype)
-        finish = wants_hidden and not wants_head
-        logps_R = torch.empty(len(hidden_RD), dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
+        rows, vocabulary = len(hidden_RD), len(weight_VD)
+        finish, keep = wants_hidden and not wants_head, wants_head and rows <= chunk
+        logps_R = torch.empty(rows, dtype=_wide(hidden_RD.dtype), device=hidden_RD.device)
+        lse_R = torch.empty_like(logps_R)
         log_sum_sq_R = torch.empty_like(logps_R) if sum_sq else None
         slope_RD = torch.empty_like(hidden_RD) if finish else None
-        for part in _chunks(len(hidden_RD), chunk):
-            logps_CV = _log_softmax(hidden_RD[part], weight_VD)
-            logps_R[part] = logps_CV.gather(-1, target_R[part, None])[:, 0]
+        # One for all chunks: fresh memory costs page faults.
+        chunk_CV = hidden_RD.new_empty(min(chunk, rows), vocabulary)
+        for part in _chunks(rows, chunk):
+            logits_CV = torch.mm(hidden_RD[part], weight_VD.T, out=chunk_CV[: part.stop - part.start])
             if log_sum_sq_R is not None:
-                log_sum_sq_R[part] = (2 * logps_CV).logsumexp(-1)
+                log_sum_sq_R[part] = _log_sum_sq(logits_CV)
+            logps_R[part], lse_R[part] = _log_softmax(logits_CV, target_R[part], residual=finish or keep)
             if slope_RD is not None:
-                slope_RD[part] = _residual(logps_CV, target_R[part]).to(weight_VD.dtype) @ weight_VD
-        ctx.save_for_backward(*((slope_RD,) if finish else (hidden_RD, head_weight_VD, target_R)))
+                torch.mm(logits_CV, weight_VD, out=slope_RD[part])
+        ctx.kept, ctx.block = keep, _block(chunk * vocabulary, logps_R) // max(1, rows)
+        recompute = (target_R, logps_R, lse_R)
+        kept = (slope_RD,) if finish else (hidden_RD, head_weight_VD, *((chunk_CV,) if keep else recompute))
+        ctx.save_for_backward(*kept)
         if log_sum_sq_R is not None:
             ctx.mark_non_differentiable(log_sum_sq_R)
         return logps_R, log_sum_sq_R
@@ -76,28 +87,62 @@ class _FusedLogps(torch.autograd.Function):
         if len(ctx.saved_tensors) == 1:
             (slope_RD,) = ctx.saved_tensors
             return (grad_R[:, None] * slope_RD).to(slope_RD.dtype), None, None, None, None
-        hidden_RD, head_weight_VD, target_R = ctx.saved_tensors
+        hidden_RD, head_weight_VD, *rest = ctx.saved_tensors
         weight_VD = head_weight_VD.to(hidden_RD.dtype)
-        grad_hidden_RD = torch.empty_like(hidden_RD)
-        grad_head_VD = torch.zeros(head_weight_VD.shape, dtype=_wide(weight_VD.dtype), device=weight_VD.device)
-        for part in _chunks(len(hidden_RD), ctx.chunk):
-            residual_CV = _residual(_log_softmax(hidden_RD[part], weight_VD), target_R[part])
-            residual_CV = (residual_CV * grad_R[part, None]).to(weight_VD.dtype)
-            grad_hidden_RD[part] = residual_CV @ weight_VD
-            grad_head_VD += residual_CV.T @ hidden_RD[part]
-        return grad_hidden_RD, grad_head_VD.to(head_weight_VD.dtype), None, None, None
+        grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=grad_R.dtype)
+        grad_head_VD = torch.empty_like(head_weight_VD)
+        for part in _chunks(len(weight_VD), max(1, ctx.block)):
+            if ctx.kept:
+                residual_RB = rest[0][:, part].to(grad_R.dtype, copy=True)
+            else:
+                residual_RB = _residual((hidden_RD @ weight_VD[part].T).to(grad_R.dtype), part, *rest)
+            residual_RB = residual_RB.mul_(grad_R[:, None]).to(weight_VD.dtype)
+            grad_hidden_RD += residual_RB @ weight_VD[part]
+            grad_head_VD[part] = residual_RB.T @ hidden_RD
+        return grad_hidden_RD.to(hidden_RD.dtype), grad_head_VD, None, None, None
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    logits_CV = hidden_CD @ weight_VD.T
-    return logits_CV.to(_wide(logits_CV.dtype)).log_softmax(-1)
+def _log_softmax(logits_CV: Tensor, target_C: Tensor, residual: bool) -> tuple[Tensor, Tensor]:
+    """log softmax[target] and the log-sum-exp; with `residual`, onehot(target) - softmax in place of the logits."""
+    logps_C = torch.empty(len(logits_CV), dtype=_wide(logits_CV.dtype), device=logits_CV.device)
+    lse_C = torch.empty_like(logps_C)
+    for part in _chunks(len(logits_CV), max(1, _block(logits_CV.numel(), logps_C) // logits_CV.shape[1])):
+        softmax_BV = logits_CV[part].to(logps_C.dtype, copy=True)
+        target_logits_B = softmax_BV.gather(-1, target_C[part, None])[:, 0]
+        top_B = softmax_BV.amax(-1)
+        sum_B = softmax_BV.sub_(top_B[:, None]).exp_().sum(-1)
+        lse_C[part] = top_B + sum_B.log()
+        logps_C[part] = target_logits_B - top_B - sum_B.log()
+        if residual:
+            logits_CV[part] = softmax_BV.div_(-sum_B[:, None])
+    if residual:
+        row_C = torch.arange(len(target_C), device=target_C.device)
+        logits_CV[row_C, target_C] = _one_minus_p(logps_C).to(logits_CV.dtype)
+    return logps_C, lse_C
 
 
-def _residual(logps_CV: Tensor, target_C: Tensor) -> Tensor:
-    """onehot(target) - softmax, in place of the log-probabilities."""
-    residual_CV = logps_CV.exp_().neg_()
-    residual_CV[torch.arange(len(target_C), device=target_C.device), target_C] += 1
-    return residual_CV
+def _residual(logits_RB: Tensor, part: slice, target_R: Tensor, logps_R: Tensor, lse_R: Tensor) -> Tensor:
+    """onehot(target) - softmax of a part of the vocabulary, in place of its logits."""
+    residual_RB = logits_RB.sub_(lse_R[:, None]).exp_().neg_()
+    (row,) = torch.where((part.start <= target_R) & (target_R < part.stop))
+    residual_RB[row, target_R[row] - part.start] = _one_minus_p(logps_R[row])
+    return residual_RB
+
+
+def _one_minus_p(logps: Tensor) -> Tensor:
+    return -logps.expm1()
+
+
+def _log_sum_sq(logits_CV: Tensor) -> Tensor:
+    """log sum_v softmax_v^2."""
+    parts = _chunks(len(logits_CV), max(1, _block(logits_CV.numel(), logits_CV) // logits_CV.shape[1]))
+    logps = (logits_CV[part].to(_wide(logits_CV.dtype)).log_softmax(-1) for part in parts)
+    return torch.cat([(2 * logps_BV).logsumexp(-1) for logps_BV in logps])
+
+
+def _block(elements: int, like: Tensor) -> int:
+    """Elements of a block, of a chunk of so many."""
+    return min(elements, BLOCK_ELEMENTS) if like.device.type == "cpu" else elements
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo.fused import CHUNK_ELEMENTS
+from dpo.fused import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from dpo.optim import OPTIMIZERS, STATE_TENSORS
 from dpo.tokens import Encoded
 from models.lora import LoRALinear
@@ -88,8 +88,18 @@ class Activations:
         self.rotary = 2 * self.tokens * config.head_dim * self.size
         self.blocks = [self._block(b, w) for b, w in zip(policy.model.layers, policy.windows, strict=True)]
         """kept by each block."""
+        self.logits = self._logits()
+        """kept by the head, of what its forward pass computes in."""
+        statistics = 0 if self.logits or not policy.head_weight_VD.requires_grad else 2 * self.predicted * self.wide
         self.end = self._norm(policy.model.norm, self.tokens) + self.predicted * config.hidden_size * self.size
-        """kept after the blocks: by the last norm, and a (R, D) by the head."""
+        self.end += self.logits + statistics
+        """kept after the blocks: by the last norm, and a (R, D) by the head, and what a trained one adds."""
+
+    def _logits(self) -> int:
+        """A trained head keeps a chunk that is the only one."""
+        weight_VD = self.policy.head_weight_VD
+        alone = self.predicted <= _chunk_rows(weight_VD)
+        return self.predicted * len(weight_VD) * self.size if weight_VD.requires_grad and alone else 0
 
     def _block(self, block: nn.Module, window: int | None) -> int:
         assert isinstance(block, Block)
@@ -195,20 +205,26 @@ def bytes_of(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.dtype.itemsize for p in parameters)
 
 
+def _chunk_rows(weight_VD: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // len(weight_VD))
+
+
 def _head(policy: Transformer, predicted: int, backward: bool) -> int:
-    """The head's temporaries: logits of a chunk and their log-softmax, both float32 at least; see dpo.fused."""
+    """The head's temporaries: a chunk, and float32 blocks of it; see dpo.fused."""
     weight_VD = policy.head_weight_VD
     size, wide = policy.dtype.itemsize, max(policy.dtype.itemsize, 4)
-    vocabulary, values = len(weight_VD), weight_VD.numel()
-    chunk = min(predicted, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
-    softmax = chunk * (2 * wide + (size if size < wide else 0))
-    more = predicted * vocabulary > chunk  # then the last chunk's result lives until the next one's is there
-    cast = 0 if weight_VD.dtype == policy.dtype else values * size
+    vocabulary, width = weight_VD.shape
+    chunk = min(predicted, _chunk_rows(weight_VD)) * vocabulary
+    block = min(chunk, max(BLOCK_ELEMENTS, vocabulary)) if weight_VD.device.type == "cpu" else chunk
+    cast = 0 if weight_VD.dtype == policy.dtype else weight_VD.numel() * size
     if not (backward and weight_VD.requires_grad):
-        return softmax + cast + chunk * wide * more
-    # The head's gradient, and a chunk's share of it before it is added; to be added on the CPU it is widened.
-    share = values * (size + (wide if size < wide and weight_VD.device.type != "cuda" else 0))
-    return cast + values * wide + max(softmax + chunk * size * more, share + chunk * size)
+        more = block < chunk  # then the last block lives until the next one is there
+        return cast + chunk * size + block * wide * (1 + more)
+    # Both gradients; a block, the one before, and what it adds: to hidden states' gradient that is widened.
+    hidden, narrow = predicted * width, size if size < wide else 0
+    share = max(hidden * (size + (wide if narrow else 0)), block // max(1, predicted) * width * size)
+    before = block * size * (predicted * vocabulary > block)
+    return cast + bytes_of([weight_VD]) + hidden * wide + max(block * (wide + narrow) + before, block * size + share)
 
 
 def _block_backward(policy: Transformer, tokens: int) -> int:
@@ -262,12 +278,14 @@ def forecast(
     """
     trained = bytes_of(p for p in policy.parameters() if p.requires_grad)
     kept = Activations(policy, rows)
-    head = max(_head(policy, kept.predicted, backward) for backward in (False, True))
+    head = max(_head(policy, kept.predicted, False) - kept.logits, _head(policy, kept.predicted, True))
     block = _block_backward(policy, kept.tokens)
     # Two moments: the head, and the last block's backward pass, for which checkpointing computes the block again.
-    activations, temporaries = max((kept.total, head), (kept.total, block), key=sum)
+    # By then the head has let go of its logits.
+    activations, temporaries = max((kept.total, head), (kept.total - kept.logits, block), key=sum)
     if policy.gradient_checkpointing:
-        activations, temporaries = max((kept.checkpointed, head), (kept.checkpointed + kept.recomputed, block), key=sum)
+        blocks = kept.checkpointed - kept.logits + kept.recomputed
+        activations, temporaries = max((kept.checkpointed, head), (blocks, block), key=sum)
     gradients = max(0, trained - activations - temporaries) if alone else trained
     evaluation = 0
     if evaluated:

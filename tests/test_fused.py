@@ -3,6 +3,8 @@
 Shapes: R response tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,31 @@ def test_value_and_gradients_equal_gather_logps(trained, chunk):
     slow = torch.autograd.grad((weight_R * slow_R).sum(), leaves)
     for got, expected in zip(fast, slow, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("block", [1, 25, 40])
+@pytest.mark.parametrize("head_trained", [False, True])
+def test_blocks_of_a_chunk_change_nothing(head_trained, block, monkeypatch):
+    """Of 5 x 11: one, two or three rows at a time in the forward pass; one, three or five columns in the backward."""
+    hidden_RD, head_VD, target_R, weight_R = random_inputs()
+    leaves = [hidden_RD.requires_grad_(), head_VD.requires_grad_(head_trained)][: 1 + head_trained]
+    whole_R, slow_R = (
+        fused_logps_and_log_sum_sq(hidden_RD, head_VD, target_R, 5),
+        gather_logps(hidden_RD, head_VD, target_R),
+    )
+    monkeypatch.setattr(dpo.fused, "BLOCK_ELEMENTS", block)
+    fast_R = fused_logps_and_log_sum_sq(hidden_RD, head_VD, target_R, 5)
+    assert torch.equal(torch.stack(fast_R), torch.stack(whole_R))
+    fast, slow = (torch.autograd.grad((weight_R * x_R).sum(), leaves) for x_R in (fast_R[0], slow_R))
+    torch.testing.assert_close(fast, slow)
+
+
+def test_what_is_kept_survives_a_backward_pass():
+    hidden_RD, head_VD, target_R, weight_R = random_inputs()
+    head_VD.requires_grad_()
+    loss = (weight_R * fused_logps(hidden_RD, head_VD, target_R)).sum()
+    first, second = (torch.autograd.grad(loss, head_VD, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -138,6 +165,17 @@ def test_the_heads_gradient_is_summed_in_float32_over_chunks():
     assert slope_VD.flatten().tolist() == [512, -512]  # p = 1/2, so each token adds 1/2 and -1/2
 
 
+def test_the_hidden_states_gradient_is_summed_in_float32_over_blocks(monkeypatch):
+    """h = 0, W = (0, 1, ..., 1): d log p_0 / dh = -1023 / 1024, in 1,023 equal parts, one a block."""
+    monkeypatch.setattr(dpo.fused, "BLOCK_ELEMENTS", 1)
+    hidden_RD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    head_VD = torch.ones(1024, 1, dtype=torch.bfloat16)
+    head_VD[0] = 0
+    logps_R = fused_logps(hidden_RD, head_VD.requires_grad_(), torch.tensor([0]))
+    (slope_RD,) = torch.autograd.grad(logps_R.sum(), hidden_RD)
+    assert slope_RD.item() == -1  # the nearest bfloat16
+
+
 def test_a_float32_head_under_bfloat16_hidden_states_keeps_a_float32_gradient():
     """A trained head is a float32 master: it is cast where it multiplies, and its gradient is not."""
     hidden_RD, _, target_R, _ = random_inputs(torch.bfloat16)
@@ -198,3 +236,25 @@ def test_nothing_larger_than_one_chunk_of_logits_ever_exists(head_trained, monke
 def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch):
     monkeypatch.setattr(dpo.fused, "CHUNK_ELEMENTS", 96)
     assert largest_tensor(fused_logps, head_trained=False) == 291  # the head itself, then 97 logits at a time
+
+
+def most_at_once(tokens: int, head_trained: bool) -> int:
+    """The most elements that tensors take at once in forward and backward, beyond the inputs; V = 97, D = 3."""
+    hidden_RD = torch.randn(tokens, 3, requires_grad=True)
+    head_VD = torch.randn(97, 3, requires_grad=head_trained)
+    target_R = torch.zeros(tokens, dtype=torch.long)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fused_logps(hidden_RD, head_VD, target_R, 20).sum().backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes)) // torch.float32.itemsize
+
+
+@pytest.mark.parametrize("head_trained", [False, True])
+def test_memory_grows_with_the_tokens_by_their_gradient_alone(head_trained):
+    """A token more: 3 elements of the gradient, 3 of what is added to it or kept for it, and some single numbers.
+
+    Its 97 logits would be 97.
+    """
+    per_token = (most_at_once(900, head_trained) - most_at_once(300, head_trained)) / 600
+    assert 3 <= per_token <= 2 * 3 + 10
