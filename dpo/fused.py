@@ -9,13 +9,18 @@ its own gradient needs the loss's weight on every token.
 
 log sum_v p_v^2 can be had beside it, without gradient, from the softmax that is at hand.
 
+On CUDA one kernel does all of it in place of the logits: dpo.fused_triton, whose slow twin stands here.
+
 The softmax is float32 at least. onehot - softmax is formed before it is rounded to the weights' dtype: for a confident
 token both are near one, and their difference is the gradient. The head's gradient is accumulated in float32.
 
 Shapes: R response tokens, C of them in a chunk, D width, V vocabulary.
 """
 
+import shutil
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,12 +64,13 @@ class _FusedLogps(torch.autograd.Function):
         log_sum_sq_R = torch.empty_like(logps_R) if sum_sq else None
         slope_RD = torch.empty_like(hidden_RD) if finish else None
         for part in _chunks(len(hidden_RD), chunk):
-            logps_CV = _log_softmax(hidden_RD[part], weight_VD)
-            logps_R[part] = logps_CV.gather(-1, target_R[part, None])[:, 0]
+            logps_R[part], log_sum_sq_C, residual_CV = _of_chunk(
+                hidden_RD[part], weight_VD, target_R[part], sum_sq=sum_sq, residual=finish
+            )
             if log_sum_sq_R is not None:
-                log_sum_sq_R[part] = (2 * logps_CV).logsumexp(-1)
+                log_sum_sq_R[part] = log_sum_sq_C
             if slope_RD is not None:
-                slope_RD[part] = _residual(logps_CV, target_R[part]).to(weight_VD.dtype) @ weight_VD
+                slope_RD[part] = residual_CV @ weight_VD
         ctx.save_for_backward(*((slope_RD,) if finish else (hidden_RD, head_weight_VD, target_R)))
         if log_sum_sq_R is not None:
             ctx.mark_non_differentiable(log_sum_sq_R)
@@ -81,16 +87,48 @@ class _FusedLogps(torch.autograd.Function):
         grad_hidden_RD = torch.empty_like(hidden_RD)
         grad_head_VD = torch.zeros(head_weight_VD.shape, dtype=_wide(weight_VD.dtype), device=weight_VD.device)
         for part in _chunks(len(hidden_RD), ctx.chunk):
-            residual_CV = _residual(_log_softmax(hidden_RD[part], weight_VD), target_R[part])
-            residual_CV = (residual_CV * grad_R[part, None]).to(weight_VD.dtype)
+            _, _, residual_CV = _of_chunk(
+                hidden_RD[part], weight_VD, target_R[part], sum_sq=False, residual=True, times_C=grad_R[part]
+            )
             grad_hidden_RD[part] = residual_CV @ weight_VD
             grad_head_VD += residual_CV.T @ hidden_RD[part]
         return grad_hidden_RD, grad_head_VD.to(head_weight_VD.dtype), None, None, None
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+def _of_chunk(
+    hidden_CD: Tensor, weight_VD: Tensor, target_C: Tensor, *, sum_sq: bool, residual: bool,
+    times_C: Tensor | None = None,
+) -> tuple[Tensor, Any, Any]:  # fmt: skip
+    """(log p of each target, log sum p^2, times_C (onehot - softmax) in the weights' dtype); two only if asked for."""
     logits_CV = hidden_CD @ weight_VD.T
-    return logits_CV.to(_wide(logits_CV.dtype)).log_softmax(-1)
+    if (kernel := kernel_of(logits_CV.device, logits_CV.dtype)) is not None:
+        given = {"sum_sq": sum_sq, "residual": residual, "times_C": times_C}
+        return *kernel.log_softmax_of_target(logits_CV, target_C, **given), logits_CV
+    logps_CV = logits_CV.to(_wide(logits_CV.dtype)).log_softmax(-1)
+    logps_C = logps_CV.gather(-1, target_C[:, None])[:, 0]
+    log_sum_sq_C = (2 * logps_CV).logsumexp(-1) if sum_sq else None
+    if not residual:
+        return logps_C, log_sum_sq_C, None
+    residual_CV = _residual(logps_CV, target_C)
+    if times_C is not None:
+        residual_CV *= times_C[:, None]
+    return logps_C, log_sum_sq_C, residual_CV.to(logits_CV.dtype)
+
+
+def kernel_of(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """dpo.fused_triton, which does the same in place of the logits: on CUDA, where Triton is; it has no float64."""
+    return _triton() if device.type == "cuda" and dtype != torch.float64 else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    if shutil.which("gcc") is None and shutil.which("clang") is None:  # with which Triton compiles what calls a kernel
+        return None
+    try:
+        from dpo import fused_triton
+    except ImportError:
+        return None
+    return fused_triton
 
 
 def _residual(logps_CV: Tensor, target_C: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo.fused import CHUNK_ELEMENTS
+from dpo.fused import CHUNK_ELEMENTS, kernel_of
 from dpo.optim import OPTIMIZERS, STATE_TENSORS
 from dpo.tokens import Encoded
 from models.lora import LoRALinear
@@ -135,6 +135,10 @@ class Activations:
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kept = self._linear(self.tokens, attention.q_proj, attention.k_proj, attention.v_proj)
         kept += self._norm(attention.q_norm, self.tokens * heads) + self._norm(attention.k_norm, self.tokens * groups)
+        if self.flows and self.policy.attn_implementation == "flex_attention":
+            # As below, of tokens that are neither gathered nor padded, and without masks.
+            kept += self.tokens * (heads * (2 * head_dim * self.size + self.wide) + groups * 2 * head_dim * self.size)
+            return kept + self._linear(self.tokens, attention.o_proj)
         for n, q, k, masked in self.attention if self.flows else ():
             # Gathered queries, keys and values, the output and its log-sum-exp; a mask as numbers to add.
             kept += n * (q * heads * (2 * head_dim * self.size + self.wide) + k * groups * 2 * head_dim * self.size)
@@ -198,9 +202,12 @@ def _head(policy: Transformer, predicted: int, backward: bool) -> int:
     chunk = min(predicted, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
     softmax = chunk * (2 * wide + (size if size < wide else 0))
     more = predicted * vocabulary > chunk  # then the last chunk's result lives until the next one's is there
+    result = wide
+    if kernel_of(weight_VD.device, policy.dtype) is not None:  # it works in place of the logits
+        softmax, result = chunk * size, size
     cast = 0 if weight_VD.dtype == policy.dtype else values * size
     if not (backward and weight_VD.requires_grad):
-        return softmax + cast + chunk * wide * more
+        return softmax + cast + chunk * result * more
     # The head's gradient, and a chunk's share of it before it is added; to be added on the CPU it is widened.
     share = values * (size + (wide if size < wide and weight_VD.device.type != "cuda" else 0))
     return cast + values * wide + max(softmax + chunk * size * more, share + chunk * size)
