@@ -41,7 +41,9 @@ from dpo.sources import Source, find_dataset
 from dpo.token_cache import cached_rows
 from dpo.tokens import Encoded, Rows, encode_all
 from dpo.unpaired import UnpairedObjective, with_mismatched
+from models.compiled import compile_blocks, refuse_compiling
 from models.config import read_model_config
+from models.flex import refuse_flex
 from models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inject_lora, load_adapter, read_adapter_config
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
@@ -195,12 +197,20 @@ def build_policy(cfg: DictConfig, device: torch.device) -> Transformer:
     """The policy with its trainables: a LoRA adapter (fresh or continued), or every weight."""
     dtype = choose_dtype(cfg.bf16, cfg.fp16)
     full = cfg.finetuning_type == "full"
+    config = read_model_config(model_dir(cfg.model_name_or_path))
+    if cfg.attn_implementation == "flex_attention":
+        refuse_flex(device, config.head_dim)
+    if cfg.torch_compile:
+        refuse_compiling(config, device)
     # Trained weights are float32 masters, cast where they are used: an update of 5e-7 would be lost in bfloat16.
     policy = load_model(
         model_dir(cfg.model_name_or_path), dtype=torch.float32 if full else dtype, device=device,
         gradient_checkpointing=cfg.gradient_checkpointing,
     )  # fmt: skip
     policy.dtype = dtype
+    policy.attn_implementation = cfg.attn_implementation
+    if cfg.torch_compile:
+        compile_blocks(policy)
     if full:
         policy.requires_grad_(True)
     elif cfg.adapter_name_or_path:
@@ -368,6 +378,9 @@ def _frozen_copy(cfg: DictConfig, policy: Transformer) -> LiveReference:
     model = load_model(directory, dtype=choose_dtype(cfg.bf16, cfg.fp16), device=policy.device)
     if cfg.ref_model_adapters:
         load_adapter(model, Path(cfg.ref_model_adapters), dropout=0.0)
+    model.attn_implementation = policy.attn_implementation
+    if cfg.get("torch_compile"):
+        compile_blocks(model)
     return frozen_reference(model)
 
 

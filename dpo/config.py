@@ -107,6 +107,8 @@ class TrainConfig(SharedConfig):
     max_grad_norm: float = MISSING
     seed: int = MISSING
     gradient_checkpointing: bool = MISSING
+    attn_implementation: str = MISSING
+    torch_compile: bool = MISSING
     logging_steps: int = MISSING
     eval_strategy: str = MISSING
     eval_on_start: bool = MISSING
@@ -209,6 +211,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
+    "attn_implementation": _one_of("sdpa", "flex_attention"),
     "device": (re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "expected auto, cpu, cuda or cuda:N"),
     "logging_steps": AT_LEAST_1,
     "eval_strategy": _one_of("no", "steps", "epoch"),
@@ -311,6 +314,11 @@ def _check_training(cfg: DictConfig) -> list[str]:
         for name in as_list(cfg[key]) if cfg.overwrite_output_dir and cfg[key] else ():
             if Path(name).exists() and _lies_in(name, cfg.output_dir):
                 raise ValueError(f"overwrite_output_dir=True: would delete {key}={name}; name another output_dir")
+    if cfg.torch_compile and cfg.lora_dropout:
+        raise ValueError(
+            f"torch_compile=True with lora_dropout={cfg.lora_dropout}: code that is compiled twice may drop other "
+            "numbers the second time; leave one of them out"
+        )
     for key in ("ref_model", "ref_model_adapters"):
         if cfg.stage == "sft" and cfg[key]:
             raise ValueError(f"stage=sft with {key}={cfg[key]}: SFT has no reference; leave it out")

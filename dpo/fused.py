@@ -11,6 +11,8 @@ of the head's gradient is one product, and no second (V, D) sum is there.
 
 log sum_v p_v^2 can be had beside it, without gradient, from the softmax that is at hand.
 
+On CUDA one kernel makes these of a chunk's logits: dpo.fused_triton, whose slow twin is `_log_softmax` here.
+
 The softmax is float32 at least. onehot - softmax is formed before it is rounded to the weights' dtype: for a confident
 token both are near one, and their difference is the gradient. What is summed over blocks is summed in float32.
 
@@ -18,7 +20,10 @@ Shapes: R response tokens, C of them in a chunk, D width, V vocabulary; B rows o
 part of a chunk that one pass of the processor's cache holds.
 """
 
+import shutil
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,9 +73,10 @@ class _FusedLogps(torch.autograd.Function):
         chunk_CV = hidden_RD.new_empty(min(chunk, rows), vocabulary)
         for part in _chunks(rows, chunk):
             logits_CV = torch.mm(hidden_RD[part], weight_VD.T, out=chunk_CV[: part.stop - part.start])
-            if log_sum_sq_R is not None:
-                log_sum_sq_R[part] = _log_sum_sq(logits_CV)
-            logps_R[part], lse_R[part] = _log_softmax(logits_CV, target_R[part], residual=finish or keep)
+            results = _log_softmax(logits_CV, target_R[part], sum_sq=sum_sq, residual=finish or keep)
+            for whole_R, result_C in zip((logps_R, lse_R, log_sum_sq_R), results, strict=True):
+                if whole_R is not None and result_C is not None:
+                    whole_R[part] = result_C
             if slope_RD is not None:
                 torch.mm(logits_CV, weight_VD, out=slope_RD[part])
         ctx.kept, ctx.block = keep, _block(chunk * vocabulary, logps_R) // max(1, rows)
@@ -102,8 +108,16 @@ class _FusedLogps(torch.autograd.Function):
         return grad_hidden_RD.to(hidden_RD.dtype), grad_head_VD, None, None, None
 
 
-def _log_softmax(logits_CV: Tensor, target_C: Tensor, residual: bool) -> tuple[Tensor, Tensor]:
-    """log softmax[target] and the log-sum-exp; with `residual`, onehot(target) - softmax in place of the logits."""
+def _log_softmax(
+    logits_CV: Tensor, target_C: Tensor, *, sum_sq: bool, residual: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log softmax[target], the log-sum-exp, log sum p^2 if asked for), each (C,), float32 at least.
+
+    residual: onehot(target) - softmax takes the place of the logits.
+    """
+    if (kernel := kernel_of(logits_CV.device, logits_CV.dtype)) is not None:
+        return kernel.log_softmax_of_target(logits_CV, target_C, sum_sq=sum_sq, residual=residual)
+    log_sum_sq_C = _log_sum_sq(logits_CV) if sum_sq else None
     logps_C = torch.empty(len(logits_CV), dtype=_wide(logits_CV.dtype), device=logits_CV.device)
     lse_C = torch.empty_like(logps_C)
     for part in _chunks(len(logits_CV), max(1, _block(logits_CV.numel(), logps_C) // logits_CV.shape[1])):
@@ -118,7 +132,23 @@ def _log_softmax(logits_CV: Tensor, target_C: Tensor, residual: bool) -> tuple[T
     if residual:
         row_C = torch.arange(len(target_C), device=target_C.device)
         logits_CV[row_C, target_C] = _one_minus_p(logps_C).to(logits_CV.dtype)
-    return logps_C, lse_C
+    return logps_C, lse_C, log_sum_sq_C
+
+
+def kernel_of(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """dpo.fused_triton: on CUDA, where Triton is; it has no float64."""
+    return _triton() if device.type == "cuda" and dtype != torch.float64 else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    if shutil.which("gcc") is None and shutil.which("clang") is None:  # with which Triton compiles what calls a kernel
+        return None
+    try:
+        from dpo import fused_triton
+    except ImportError:
+        return None
+    return fused_triton
 
 
 def _residual(logits_RB: Tensor, part: slice, target_R: Tensor, logps_R: Tensor, lse_R: Tensor) -> Tensor:

@@ -25,9 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo.fused import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from dpo.fused import BLOCK_ELEMENTS, CHUNK_ELEMENTS, kernel_of
 from dpo.optim import OPTIMIZERS, STATE_TENSORS
 from dpo.tokens import Encoded
+from models.attention import by_products
+from models.attention_gradient import BLOCK
 from models.lora import LoRALinear
 from models.stream import NOTHING, batch_by_length
 from models.transformer import MLP, Attention, Block, Linear, MixtureOfExperts, RMSNorm, Transformer
@@ -86,6 +88,8 @@ class Activations:
         self.hidden = self.tokens * config.hidden_size * self.size
         """of one (T, D)."""
         self.rotary = 2 * self.tokens * config.head_dim * self.size
+        self.before_mlp = 0
+        """kept by a block before its MLP, at most."""
         self.blocks = [self._block(b, w) for b, w in zip(policy.model.layers, policy.windows, strict=True)]
         """kept by each block."""
         self.logits = self._logits()
@@ -104,6 +108,7 @@ class Activations:
     def _block(self, block: nn.Module, window: int | None) -> int:
         assert isinstance(block, Block)
         kept = self._norm(block.input_layernorm, self.tokens) + self._attention(block.self_attn, window)
+        self.before_mlp = max(self.before_mlp, kept)
         kept += self._norm(block.post_attention_layernorm, self.tokens)
         if isinstance(block.mlp, MixtureOfExperts):
             return kept + self._experts(block.mlp)
@@ -146,11 +151,15 @@ class Activations:
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kept = self._linear(self.tokens, attention.q_proj, attention.k_proj, attention.v_proj)
         kept += self._norm(attention.q_norm, self.tokens * heads) + self._norm(attention.k_norm, self.tokens * groups)
+        if self.flows and self.policy.attn_implementation == "flex_attention":
+            # As below, of tokens that are neither gathered nor padded, and without masks.
+            kept += self.tokens * (heads * (2 * head_dim * self.size + self.wide) + groups * 2 * head_dim * self.size)
+            return kept + self._linear(self.tokens, attention.o_proj)
         for n, q, k, masked in self.attention if self.flows else ():
             # Gathered queries, keys and values, the output and its log-sum-exp.
             kept += n * (q * heads * (2 * head_dim * self.size + self.wide) + k * groups * 2 * head_dim * self.size)
             windowed = window is not None and k > window
-            if self.policy.device.type == "cpu" and self.policy.dtype == torch.bfloat16:
+            if by_products(self.policy.device, self.policy.dtype):
                 kept += n * q * k if windowed else 0  # a mask of booleans, unless it is the stream's
             else:
                 kept += n * q * k * self.size if masked or windowed else 0  # a mask as numbers to add
@@ -180,6 +189,20 @@ class Activations:
         if self.flows:  # which token, which of its choices; what an output is multiplied by, and the product
             kept += choices * (2 * index + self.size) + outputs
         return kept + (outputs if routed else 0)
+
+    @property
+    def attention_backward(self) -> int:
+        """Of models.attention_gradient, the largest rows: p and ds of a block, what is lengthened, the gradients."""
+        if not by_products(self.policy.device, self.policy.dtype):
+            return 0
+        config = self.policy.config
+        heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        most = 0
+        for n, q, k, masked in self.attention:
+            block, longer = min(q, BLOCK), head_dim + 2
+            numbers = 2 * heads * block * (k + longer) + 2 * groups * k * longer + 2 * heads * q * head_dim
+            most = max(most, n * (self.size * (numbers + masked * q * k) + self.wide * 2 * groups * k * head_dim))
+        return most
 
     @property
     def total(self) -> int:
@@ -219,7 +242,8 @@ def _head(policy: Transformer, predicted: int, backward: bool) -> int:
     cast = 0 if weight_VD.dtype == policy.dtype else weight_VD.numel() * size
     if not (backward and weight_VD.requires_grad):
         more = block < chunk  # then the last block lives until the next one is there
-        return cast + chunk * size + block * wide * (1 + more)
+        in_place = kernel_of(weight_VD.device, policy.dtype) is not None
+        return cast + chunk * size + (0 if in_place else block * wide * (1 + more))
     # Both gradients; a block, the one before, and what it adds: to hidden states' gradient that is widened.
     hidden, narrow = predicted * width, size if size < wide else 0
     share = max(hidden * (size + (wide if narrow else 0)), block // max(1, predicted) * width * size)
@@ -231,8 +255,7 @@ def _block_backward(policy: Transformer, tokens: int) -> int:
     """The gradients that live at once where the last block's backward pass begins.
 
     Those of the MLP's product, of silu's output and of one projection, of which one takes the product's place; and
-    a weight's own, before it is added and, where the weight is a float32 master, cast. A tied embedding's gradient of
-    the head waits for the one of the input.
+    a weight's own, before it is added and, where the weight is a float32 master, cast.
     """
     config, size = policy.config, policy.dtype.itemsize
     inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
@@ -241,9 +264,7 @@ def _block_backward(policy: Transformer, tokens: int) -> int:
     own = (
         0 if largest is None else bytes_of([largest]) + (0 if largest.dtype == policy.dtype else largest.numel() * size)
     )
-    head = policy.head_weight_VD
-    waits = bytes_of([head]) if head.requires_grad and config.tie_word_embeddings else 0
-    return 2 * tokens * inner * size + own + waits
+    return 2 * tokens * inner * size + own
 
 
 @dataclass(frozen=True)
@@ -279,13 +300,19 @@ def forecast(
     trained = bytes_of(p for p in policy.parameters() if p.requires_grad)
     kept = Activations(policy, rows)
     head = max(_head(policy, kept.predicted, False) - kept.logits, _head(policy, kept.predicted, True))
-    block = _block_backward(policy, kept.tokens)
+    matrix = policy.head_weight_VD
+    # A tied embedding's gradient of the head waits for the one of the input.
+    waits = bytes_of([matrix]) if matrix.requires_grad and policy.config.tie_word_embeddings else 0
+    block = _block_backward(policy, kept.tokens) + waits
     # Two moments: the head, and the last block's backward pass, for which checkpointing computes the block again.
     # By then the head has let go of its logits.
     activations, temporaries = max((kept.total, head), (kept.total - kept.logits, block), key=sum)
     if policy.gradient_checkpointing:
-        blocks = kept.checkpointed - kept.logits + kept.recomputed
-        activations, temporaries = max((kept.checkpointed, head), (blocks, block), key=sum)
+        inputs = kept.checkpointed - kept.logits
+        blocks, attentions = inputs + kept.recomputed, inputs + kept.before_mlp
+        activations, temporaries = max(
+            (kept.checkpointed, head), (blocks, block), (attentions, kept.attention_backward + waits), key=sum
+        )
     gradients = max(0, trained - activations - temporaries) if alone else trained
     evaluation = 0
     if evaluated:

@@ -44,7 +44,7 @@ LOCK = "run.lock"
 FREE_ON_RESUME = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "do_train", "device", "eval_dataset",
     "per_device_eval_batch_size", "logging_steps", "eval_on_start", "eval_strategy", "eval_steps", "save_strategy",
-    "save_steps",
+    "save_steps", "attn_implementation", "torch_compile",
     "max_steps", "num_train_epochs", "plot_loss", "num_samples", "max_new_tokens", "ref_cache_dir", "tokenized_path",
     "save_total_limit", "load_best_model_at_end", "early_stopping_steps",
 })  # fmt: skip

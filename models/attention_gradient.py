@@ -46,8 +46,6 @@ class _Attention(torch.autograd.Function):
         (do_NHQE,) = grads
         (N, H, Q, E), (G, K), dtype = q_NHQE.shape, k_NGKE.shape[1:3], q_NHQE.dtype
         scale = E**-0.5
-        d_NHQ = (do_NHQE.float() * out_NHQE.float()).sum(-1)
-        q_NHQW, do_NHQW = _lengthened(q_NHQE, lse_NHQ / -scale), _lengthened(do_NHQE, -d_NHQ)
         k_MKW, v_MKW = (torch.nn.functional.pad(x.flatten(0, 1), (0, 2), value=1.0) for x in (k_NGKE, v_NGKE))
         added_N1QK = _added(mask_NQK, dtype)
         dq_NHQE = torch.empty_like(q_NHQE)
@@ -55,7 +53,10 @@ class _Attention(torch.autograd.Function):
         for start in range(0, Q, BLOCK):
             block = slice(start, min(start + BLOCK, Q))
             seen = K if added_N1QK is not None else block.stop
-            q_MCW, do_MCW = (x[:, :, block].reshape(N * G, -1, E + 2) for x in (q_NHQW, do_NHQW))
+            q_NHBE, do_NHBE = q_NHQE[:, :, block], do_NHQE[:, :, block]
+            d_NHB = (do_NHBE.float() * out_NHQE[:, :, block]).sum(-1)
+            q_MCW = _lengthened(q_NHBE, lse_NHQ[:, :, block] / -scale).view(N * G, -1, E + 2)
+            do_MCW = _lengthened(do_NHBE, -d_NHB).view(N * G, -1, E + 2)
             k_MLW, v_MLW = k_MKW[:, :seen], v_MKW[:, :seen]
             p_MCL = torch.baddbmm(q_MCW.new_empty(()), q_MCW, k_MLW.mT, beta=0, alpha=scale)
             p_NHBL = p_MCL.view(N, H, -1, seen)
@@ -64,8 +65,8 @@ class _Attention(torch.autograd.Function):
             p_MCL.exp_()
             if added_N1QK is None:
                 p_NHBL[..., block].tril_()
-            ds_MCL = torch.bmm(do_MCW, v_MLW.mT).mul_(p_MCL)
             dv_MKE[:, :seen] += p_MCL.mT @ do_MCW[..., :E]
+            ds_MCL = torch.bmm(do_MCW, v_MLW.mT).mul_(p_MCL)
             dk_MKE[:, :seen] += ds_MCL.mT @ q_MCW[..., :E]
             dq_NHQE[:, :, block] = (ds_MCL @ k_MLW[..., :E]).view(N, H, -1, E)
         dk_NGKE, dv_NGKE = (x.to(dtype).view_as(k_NGKE) for x in (dk_MKE.mul_(scale), dv_MKE))

@@ -73,7 +73,7 @@ class LoRALinear(Linear):
     def together(self, x: Tensor, layers: Sequence[Linear]) -> list[Tensor] | None:
         """By models.low_rank, where all layers are adapted, frozen, and see the same input."""
         adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
-        adapters = [adapter for layer in adapted if (adapter := layer.adapter_of(x))]
+        adapters = [adapter for adapter in (layer.adapter_of(x) for layer in adapted) if adapter]
         if len(adapters) < len(layers):
             return None
         As, Bs = zip(*adapters, strict=True)

@@ -50,12 +50,11 @@ class _LowRankLinear(torch.autograd.Function):
         x_TI, u_TU, *rest = ctx.saved_tensors
         weights, As, Bs = (rest[i * n : (i + 1) * n] for i in range(3))
         sizes = [len(A) for A in As]
-        g_TU, grad_Bs = torch.empty_like(u_TU), []
-        for dy_TO, B, u_TR, g_TR, s in zip(
-            grads, Bs, u_TU.split(sizes, 1), g_TU.split(sizes, 1), ctx.scalings, strict=True
-        ):
-            torch.mul(dy_TO @ B.to(dy_TO.dtype), s, out=g_TR)
+        gs, grad_Bs = [], []
+        for dy_TO, B, u_TR, s in zip(grads, Bs, u_TU.split(sizes, 1), ctx.scalings, strict=True):
+            gs.append((dy_TO @ B.to(dy_TO.dtype)).mul_(s))
             grad_Bs.append((dy_TO.T @ u_TR).to(B.dtype).mul_(s))
+        g_TU = torch.cat(gs, dim=1)
         grad_As = (g_TU.T @ x_TI).split(sizes)
         dx_TI = None
         if ctx.needs_input_grad[0]:

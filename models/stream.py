@@ -46,7 +46,7 @@ class AttentionRows:
     """True where a query sees a key; None: causal, and Q == K."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a stream is itself alone: models.flex remembers what it made of one
 class Stream:
     input_ids_T: Tensor
     positions_T: Tensor

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.config import ModelConfig
+from models.flex import flex_attends
 from models.rms_norm import rms_norm
 from models.rope import rotary, rotate
 from models.stream import Stream
@@ -98,13 +99,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: Attend) -> Tensor:
+    def before(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned, and values."""
         q_THE, k_TGE, v_TGE = (
             rearrange(y, "t (h e) -> t h e", e=self.head_dim)
             for y in project(x_TD, self.q_proj, self.k_proj, self.v_proj)
         )
         q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
-        out_THE = attend(rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE)
+        return rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE), v_TGE
+
+    def after(self, out_THE: Tensor) -> Tensor:
         return self.o_proj(rearrange(out_THE, "t h e -> t (h e)"))
 
 
@@ -170,7 +174,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, h_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: Attend) -> Tensor:
-        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), cos_TE, sin_TE, attend)
+        # In two parts, because what lies between them is not compiled; see models.compiled.
+        q_THE, k_TGE, v_TGE = self.before_attention(h_TD, cos_TE, sin_TE)
+        return self.after_attention(h_TD, attend(q_THE, k_TGE, v_TGE))
+
+    def before_attention(self, h_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.before(self.input_layernorm(h_TD), cos_TE, sin_TE)
+
+    def after_attention(self, h_TD: Tensor, out_THE: Tensor) -> Tensor:
+        h_TD = h_TD + self.self_attn.after(out_THE)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
 
@@ -192,6 +204,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = "sdpa"
         self.packed_head: Callable[[Tensor], list[Tensor]] | None = None
         self.model = Decoder(config)
         self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
@@ -209,10 +222,11 @@ class Transformer(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """(T, D) final hidden states; logits are hidden_TD @ head_weight_VD.T."""
-        return self.run(
-            stream.input_ids_T, stream.positions_T,
-            [partial(attention, stream=stream, window=window) for window in self.windows],
-        )  # fmt: skip
+        if self.attn_implementation == "flex_attention":
+            attends = flex_attends(stream, self.windows)
+        else:
+            attends = [partial(attention, stream=stream, window=window) for window in self.windows]
+        return self.run(stream.input_ids_T, stream.positions_T, attends)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) next-token logits of a few final hidden states."""

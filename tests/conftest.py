@@ -1,4 +1,7 @@
-"""Real models and data for the tests marked `real`: named by environment variables, never downloaded."""
+"""What all tests share: threads, Triton's interpreter, and real models and data for the tests marked `real`.
+
+The last are named by environment variables, never downloaded.
+"""
 
 import os
 from pathlib import Path
@@ -10,6 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes of two threads each would wait for one another most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test starts
     torch.set_num_threads(1)
+
+
+if not torch.cuda.is_available():
+    # Read where Triton is imported, which some tests do through other libraries: its kernels then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

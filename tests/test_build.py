@@ -1,13 +1,16 @@
 """From config to rows: several datasets become one list, and what is odd about them is said."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
+from dpo import build
 from dpo.build import build_eval_rows, build_rows
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
@@ -106,3 +109,35 @@ def test_probabilities_that_would_draw_for_ever_are_refused(tmp_path, template):
         ValueError, match=r"interleave_probs=\[0.9999999, 1e-07\]: would draw about 20000000 rows from 4;"
     ):
         build_rows(cfg, template)
+
+
+# --- the policy ---
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attn_implementation": "flex_attention"}, "attn_implementation=flex_attention with device=cpu"),
+        ({"torch_compile": True}, "torch_compile=True with device=cpu: needs"),
+    ],
+    ids=["flex_attention", "torch_compile"],
+)
+def test_what_the_device_cannot_do_is_refused_before_weights_are_read(monkeypatch, values, message):
+    def read(*arguments, **more):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(build, "load_model", read)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        build.build_policy(config("config", **values), torch.device("cpu"))
+
+
+def test_the_policy_and_a_reference_with_weights_of_its_own_compute_in_the_way_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(build, "refuse_flex", lambda *arguments: None)
+    cfg = config("config", attn_implementation="flex_attention", torch_compile=True, finetuning_type="full")
+    policy = build.build_policy(cfg, torch.device("cpu"))
+    for model in (policy, build._frozen_copy(cfg, policy).model):
+        assert model.attn_implementation == "flex_attention"
+        assert all("after_attention" in vars(block) for block in model.model.layers)
+    plain = build.build_policy(config("config"), torch.device("cpu"))
+    assert plain.attn_implementation == "sdpa" and "after_attention" not in vars(plain.model.layers[0])

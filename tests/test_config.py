@@ -284,6 +284,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "max_grad_norm": ([-1.0, float("nan")], [0.0]),
     "seed": ([-1], [0]),
     "device": (["gpu", "mps", "", "cudax", "cuda:", "cuda:x", "cpu:0"], ["auto", "cpu", "cuda", "cuda:1"]),
+    "attn_implementation": (["eager", "flash_attention_2", ""], ["sdpa", "flex_attention"]),
     "logging_steps": ([0], [1]),
     "eval_strategy": (["yes"], ["no", "steps", "epoch"]),
     "eval_steps": ([0], [1]),
@@ -436,6 +437,10 @@ COMBINATIONS = [
     (
         {"sync_ref_model": True, "ref_model_adapters": "a"},
         "sync_ref_model=True with ref_model_adapters=a: the reference moves from where training starts",
+    ),
+    (
+        {"torch_compile": True, "lora_dropout": 0.1},
+        r"torch_compile=True with lora_dropout=0\.1: code that is compiled twice may drop other numbers",
     ),
     (
         {"val_size": 0.1, "eval_dataset": "e"},
