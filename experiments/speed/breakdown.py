@@ -50,7 +50,7 @@ def products(profiled: profile) -> Counter[tuple[Shape, Shape]]:
         name = event.name.removeprefix("aten::").rstrip("_")
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             shapes = [tuple(shape) for shape in event.input_shapes if len(shape) >= 2]
-            one, other = shapes[-2:]
+            one, other = shapes[1:3] if "add" in name else shapes[:2]  # the last may be where it is written to
             counted[one, other] += 1
     return counted
 
