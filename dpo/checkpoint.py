@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dpo.durable import damage, write_whole
-from dpo.optim import STATE_TENSORS
+from dpo.optimizers import Optimizer
 from models.config import read_json
 from models.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, adapter_tensors, lora_layers, save_adapter
 from models.transformer import Transformer
@@ -101,7 +100,7 @@ def _refuse_not_finite(target: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(
-    target: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor],
+    target: Path, policy: Transformer, optimizer: Optimizer, objective: Mapping[str, Tensor],
     state: TrainerState, **result: Any,
 ) -> None:  # fmt: skip
     """Write checkpoint-N; `objective` is the objective's state, `result` goes to save_result.
@@ -175,7 +174,7 @@ def find_checkpoint(resume_from_checkpoint: str, run_dir: Path) -> Path:
 
 
 def load_checkpoint(
-    source: Path, policy: Transformer, optimizer: torch.optim.Optimizer, objective: Mapping[str, Tensor]
+    source: Path, policy: Transformer, optimizer: Optimizer, objective: Mapping[str, Tensor]
 ) -> TrainerState:
     """Put weights, optimiser and the objective's state back as they were.
 
@@ -207,17 +206,12 @@ def _weights_of(policy: Transformer) -> tuple[str, dict[str, Tensor]]:
     return ADAPTER_WEIGHTS if adapted else WEIGHTS, weights
 
 
-def optimizer_tensors(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(policy: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimiser's state of every trainable, by name: zeros, as it begins, where there was no gradient yet."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trainable(policy).items():
-        state = optimizer.state[parameter]
-        for key in STATE_TENSORS[type(optimizer)]:
-            if key not in state:
-                zero = torch.zeros_like(parameter)
-                state[key] = zero if key != "step" else torch.zeros((), dtype=torch.float32, device=parameter.device)
-            tensors[f"{name}.{key}"] = state[key]
-    return tensors
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in trainable(policy).items() for key, tensor in optimizer.state_of(parameter).items()
+    }  # fmt: skip
 
 
 def _read_exactly(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

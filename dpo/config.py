@@ -19,7 +19,8 @@ from omegaconf import MISSING, DictConfig, ListConfig
 from dpo.data import MIX_STRATEGIES
 from dpo.formats import FORMATS
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
-from dpo.optim import OPTIMIZERS, SCHEDULES
+from dpo.optim import SCHEDULES
+from dpo.optimizers import OPTIMIZERS
 from dpo.preference import F_DIVERGENCES, PreferenceLoss, preference_loss
 from dpo.rankings import RANKING_TO_PAIRS
 from dpo.run import saved_keys

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.fused import BLOCK_ELEMENTS, CHUNK_ELEMENTS, kernel_of
-from dpo.optim import OPTIMIZERS, STATE_TENSORS
+from dpo.optimizers import OPTIMIZERS
 from dpo.tokens import Encoded
 from models.attention import by_products
 from models.attention_gradient import BLOCK
@@ -325,8 +325,7 @@ def forecast(
         decoding = passing.hidden + max(passing.blocks) + _cache(policy, kept=sum(row.tokens for row in answers))
         # The copy of the weights that models.packed decodes with.
         decoding += bytes_packed(policy) if policy.device.type == "cpu" else 0
-    optimizer = OPTIMIZERS[optim]([{"params": [nn.Parameter(torch.empty(0))]}])
-    state = len(set(STATE_TENSORS[type(optimizer)]) - {"step"})
+    state = len({*OPTIMIZERS[optim].keeps} - {"step"})
     parts = {
         "weights": bytes_of(policy.parameters()), "reference": reference, "optimizer": state * trained,
         "gradients": gradients, "activations": activations, "temporaries": temporaries,

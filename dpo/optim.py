@@ -1,36 +1,23 @@
-"""The optimiser, the learning-rate schedules and fp16's loss scale.
+"""What an optimiser is told: which weights decay, the learning rate's schedule, clipping, fp16's loss scale.
 
 Schedules are Hugging Face's, step for step: a linear warm-up from 0 (the first step of a warm-up has rate 0), then
 constant, linear to 0, or half a cosine to 0. One deviation: a step that fp16 skips counts for the schedule too.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from dpo.optimizers import OPTIMIZERS, Optimizer
+
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-
-
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-    # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with Hugging Face's betas and epsilon; its name there.
-    "adamw_torch": lambda groups: torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True),
-    # The DPO paper's (arXiv:2305.18290, App. B).
-    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.0),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0),
-}
-# What each keeps of every parameter from one update to the next.
-STATE_TENSORS: dict[type, tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.RMSprop: ("square_avg", "step"),
-    torch.optim.SGD: (),
-}  # fmt: skip
 
 
 def build_optimizer(
     name: str, named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """The optimiser of OPTIMIZERS; biases and norm weights are not decayed. The rate is set before every update."""
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]
     exempt = [p for name, p in trained if name.endswith("bias") or "norm" in name]

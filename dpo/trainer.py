@@ -212,13 +212,13 @@ class Trainer:
             return rate, torch.tensor(math.nan)
         except Interrupted:
             self.watch.back_to(mark)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             raise
         if usable:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.objective.updated(self.step + 1)
         self.state.skipped_in_a_row = 0
         return rate, norm
@@ -266,7 +266,7 @@ class Trainer:
         shown = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
         said = f"step {self.step + 1}: the {fault.what} is not finite ({shown})"
         if in_a_row < MOST_SKIPPED:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             tqdm.write(f"warning: {said}; the update is skipped, {in_a_row} in a row")
             return
         self.watch.flush()
@@ -275,7 +275,7 @@ class Trainer:
             bundle, step=self.step + 1, what=fault.what, rows=fault.rows, batch=batch, policy=self.policy,
             objective=self.objective, metrics=self.watch.window.means(),
         )  # fmt: skip
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         raise ValueError(
             f"{said}, in the third update in a row; lower learning_rate, raise pref_beta or lower max_grad_norm, with "
             f"fp16 try bf16; {bundle} says more"

@@ -121,7 +121,10 @@ def test_every_cell_of_the_readmes_table_is_what_an_update_computes_with(flag, k
         for module in model.modules():
             if isinstance(module, Linear | RMSNorm | Block):
                 module.register_forward_hook(look)
-    run.optimizer.register_step_pre_hook(lambda *_: seen["gradients"].update(p.grad.dtype for p in run.parameters))
+    update = run.optimizer.update
+    run.optimizer.update = lambda weights, gradients, *rates: (
+        seen["gradients"].update(g.dtype for g in gradients), update(weights, gradients, *rates)
+    )  # fmt: skip
     while not run.optimizer.state:  # fp16's first updates may overflow and be skipped
         one_update(run)
     seen["trained weights"] = {p.dtype for p in run.parameters}

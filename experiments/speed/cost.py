@@ -30,6 +30,7 @@ from dpo.build import new_objective
 from dpo.formats import Example
 from dpo.objective import Objective
 from dpo.optim import clip_gradients
+from dpo.optimizers import AdamW
 from dpo.reference import base_reference
 from dpo.tokens import Encoded
 from models.command import CONF
@@ -90,7 +91,7 @@ def batch_of(kind: Kind, vocabulary: int) -> tuple[Encoded, Stream]:
     return row, pack([prompt], [responses])
 
 
-def update(policy: Transformer, objective: Objective, optimizer: torch.optim.Optimizer, kind: Kind) -> float:
+def update(policy: Transformer, objective: Objective, optimizer: AdamW, kind: Kind) -> float:
     """Seconds of one update."""
     row, stream = batch_of(kind, policy.config.vocab_size)
     synchronize(policy.device)
@@ -99,7 +100,7 @@ def update(policy: Transformer, objective: Objective, optimizer: torch.optim.Opt
     objective.losses(measured).sum().backward()
     clip_gradients([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     synchronize(policy.device)
     return time.perf_counter() - start
 
@@ -152,7 +153,7 @@ def main(settings: Mapping[str, str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         objective = new_objective(compose("config", []))
     objective.reference = base_reference(policy)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = AdamW([{"params": [p for p in policy.parameters() if p.requires_grad], "weight_decay": 0.0}])
     update(policy, objective, optimizer, Kind("row", 64, 32))
     every = kinds(int(settings["most"]))
     measured: dict[Kind, list[float]] = {kind: [] for kind in every}
