@@ -3,6 +3,7 @@
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -52,14 +53,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     columns = {"messages": "conversations", "system": "system", "chosen": "chosen", "rejected": "rejected"}
     info = {"pairs": {"file_name": "pairs.json", "formatting": "sharegpt", "ranking": True, "columns": columns}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
+    output = folder / "llamafactory"
+    shutil.rmtree(output, ignore_errors=True)  # it refuses another round's
     clock = Clock()
     arguments = {
         "stage": "dpo", "do_train": True, "model_name_or_path": job["model"],
         "adapter_name_or_path": str(folder / "adapter"), "finetuning_type": "lora", "lora_rank": 16,
         "lora_target": "all", "dataset": "pairs", "dataset_dir": str(folder), "template": job["template"],
-        "cutoff_len": job["cutoff_len"], "output_dir": str(folder / "llamafactory"), "overwrite_cache": True,
+        "cutoff_len": job["cutoff_len"], "output_dir": str(output), "overwrite_cache": True,
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "bf16": True,
-        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "pref_beta": 0.1,
+        "learning_rate": 5e-5, "lr_scheduler_type": "constant", "pref_beta": 0.1,
         "pref_loss": "sigmoid", "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "disable_shuffling": True,
         "disable_gradient_checkpointing": True, "preprocessing_num_workers": 1,
