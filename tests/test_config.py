@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
 import train  # noqa: F401
-from dpo.config import RULES, TERM_KEYS, EvalConfig, SharedConfig, TrainConfig, check, preference_loss_of
+from dpo.config import RULES, TERM_KEYS, EvalConfig, JudgeKeys, SharedConfig, TrainConfig, check, preference_loss_of
 from dpo.formats import FORMATS
 from dpo.losses import OFF, OPTIONS, PREF_LOSSES
 from dpo.optim import SCHEDULES
@@ -70,7 +70,8 @@ def some_rows() -> Labelled:
 def test_schema_and_file_have_the_same_keys_in_the_same_order(file, schema):
     """The shared ones first, as a dataclass has them; these and the others each in the file's order."""
     written = [str(key) for key in OmegaConf.load(CONF / file) if key not in ("defaults", "hydra")]
-    shared = [f.name for f in fields(SharedConfig)]
+    groups = [group for group in (SharedConfig, JudgeKeys) if issubclass(schema, group)]
+    shared = [f.name for group in groups for f in fields(group)]
     own = [f.name for f in fields(schema) if f.name not in shared]
     assert [f.name for f in fields(schema)] == shared + own
     assert [key for key in written if key in shared] == shared
@@ -103,7 +104,7 @@ def sources(*files: str) -> str:
 # The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
     "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "dpo/plan.py", "train.py")),
-    "eval": (EvalConfig, ("dpo/build.py", "eval.py")),
+    "eval": (EvalConfig, ("dpo/build.py", "dpo/judge/build.py", "eval.py")),
 }
 
 LOSS_KEYS = {"pref_loss", "loss_weights", *OPTIONS.values(), *TERM_KEYS}
@@ -132,13 +133,14 @@ def test_the_losss_keys_are_read_by_the_function_that_builds_it(default):
 
 @pytest.mark.parametrize("command", READERS)
 def test_every_key_is_read_somewhere(command):
-    """As cfg.KEY, or by preference_loss_of. `run` is expanded on the command line, and `task` has one choice so far."""
+    """As cfg.KEY, or by preference_loss_of. `run` is expanded on the command line, `task` has one choice so
+    far, and max_invalid is of tasks that ask a judge."""
     schema, files = READERS[command]
     text = sources(*files)
     read = set(re.findall(r"\bcfg\.(?:get\(\")?([a-z_0-9]+)", text)) | LOSS_KEYS
     assert "preference_loss_of(cfg)" in text
     unread = {f.name for f in fields(schema)} - read
-    assert unread == ({"run", "task"} if command == "eval" else set())
+    assert unread == ({"run", "task", "max_invalid"} if command == "eval" else set())
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -238,6 +240,17 @@ READ_UNDER = {
 }
 # key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
 EDGES: dict[str, tuple[list, list]] = {
+    "judge": (["gpt-4", ""], ["gold", "model", "openai", "human"]),
+    "judge_template": (["vicuna"], ["auto", *TEMPLATES]),
+    "judge_concurrency": ([0, -1], [1]),
+    "judge_max_requests": ([0], [1]),
+    "judge_max_cost": ([0.0, float("inf")], [0.01]),
+    "judge_price_prompt": ([-0.1, float("nan")], [0.0, 2.5]),
+    "judge_price_completion": ([-0.1], [0.0]),
+    "judge_timeout": ([0.0, float("inf")], [0.1]),
+    "judge_logprobs": (["yes", 2], ["auto", True, False]),
+    "judge_seed": ([-1, 2**32], [0, 2**32 - 1]),
+    "max_invalid": ([1.0, -0.1], [0.0, 0.99]),
     "task": (["perplexity", ""], ["preference"]),
     "stage": (["ppo", "DPO"], ["dpo", "sft"]),  # kto: see test_stage_kto_is_the_loss_of_that_name
     "finetuning_type": (["freeze"], ["lora", "full"]),
