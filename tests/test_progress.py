@@ -70,5 +70,5 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
-    with progress(tmp_path), pytest.raises(ValueError, match=r"rows\.jsonl: another process is writing it"):
+    with progress(tmp_path), pytest.raises(ValueError, match=r"rows\.jsonl: another process writes it"):
         progress(tmp_path)

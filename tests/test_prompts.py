@@ -7,6 +7,7 @@ import pytest
 from dpo.evals.prompts import prompts_sha256, read_prompts
 
 ASK = [{"role": "user", "content": "Why?"}]
+SO = {"role": "assistant", "content": "So."}
 LONG = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *ASK]
 
 
@@ -26,11 +27,11 @@ def write(path, *rows, name: str = "rows.jsonl") -> None:
         ({"prompt": LONG}, LONG),
         ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, ASK),
         ({"messages": ASK}, ASK),
-        ({"messages": [*ASK, {"role": "assistant", "content": "So."}]}, ASK),
+        ({"messages": [*ASK, SO]}, ASK),
         ({"conversations": [{"from": "human", "value": "Why?"}], "chosen": "So.", "rejected": "No."}, ASK),
         ({"instruction": "Why?", "input": "", "output": ""}, ASK),
         ({"instruction": "Why?", "system": "Be brief."}, [{"role": "system", "content": "Be brief."}, *ASK]),
-        ({"chosen": [*LONG, {"role": "assistant", "content": "1"}], "rejected": [*LONG, {"role": "assistant", "content": "2"}]}, LONG),
+        ({"chosen": [*LONG, SO], "rejected": [*LONG, {"role": "assistant", "content": "No."}]}, LONG),
         ({"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."}, ASK),
     ],
 )  # fmt: skip

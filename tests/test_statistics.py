@@ -112,6 +112,7 @@ def test_rows_are_resampled_whole():
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_values_that_are_all_alike_have_an_interval_without_width(method):
     assert bootstrap([0.5] * 9, resamples=2000, seed=0, method=method) == (0.5, 0.5)
+    assert bootstrap([3.0], resamples=2000, seed=0, method=method) == (3, 3)
 
 
 def test_an_unknown_method_is_refused():
@@ -178,7 +179,7 @@ def test_kappa_needs_two_raters_of_the_same_items():
 
 
 def test_alpha_of_krippendorffs_own_example():
-    """Nominal, four observers and twelve units (Krippendorff 2011, Computing Krippendorff's Alpha-Reliability): 0.743."""
+    """Four observers, twelve units (Krippendorff 2011, Computing Krippendorff's Alpha-Reliability): 0.743."""
     observers = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
     items = [[None if label == "." else label for label in unit] for unit in zip(*observers, strict=True)]
     assert krippendorff_alpha(items) == pytest.approx(0.743, abs=5e-4)

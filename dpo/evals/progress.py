@@ -22,9 +22,7 @@ class Progress:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{path}: another process is writing it; wait for it, or name another output_dir"
-            ) from None
+            raise ValueError(f"{path}: another process writes it; wait for it, or name another output_dir") from None
         # As bytes: a row may hold what str.splitlines() parts at. What a kill has cut short has no newline.
         lines = path.read_bytes().split(b"\n")[:-1]
         if lines:

@@ -41,15 +41,15 @@ def bootstrap(
     values: Any, statistic: Callable[[np.ndarray], Any] = np.mean, *, resamples: int, seed: int, method: str
 ) -> Interval:
     """Of statistic(values); a row of `values` is a prompt. method: percentile, or bca, which corrects bias and skew."""
+    if method not in ("percentile", "bca"):
+        raise ValueError(f"method={method}: expected percentile or bca")
     values = np.asarray(values)
     n = len(values)
     draw = np.random.default_rng(seed)
     estimates = np.sort([statistic(values[draw.integers(0, n, n)]) for _ in range(resamples)])
     levels = [0.025, 0.975]
-    if method == "bca":
+    if method == "bca" and n > 1:
         levels = _bca_levels(estimates, statistic(values), _leave_one_out(values, statistic))
-    elif method != "percentile":
-        raise ValueError(f"method={method}: expected percentile or bca")
     low, high = np.quantile(estimates, levels)
     return float(low), float(high)
 
