@@ -15,13 +15,14 @@ from hydra import compose, initialize_config_dir
 
 import eval  # registers its schema
 from dpo.build import build_finished_policy, build_template
-from dpo.config import TASKS
+from dpo.config import TASKS, EvalConfig
 from dpo.evals import compare
 from dpo.evals.preference import calibration, preference
 from dpo.evals.world import lumped_kl, outside
 from dpo.evals.world_reward import response_probabilities, score
 from dpo.kl import kl_and_entropy
 from dpo.reference import base_reference
+from models.command import expand_arguments
 from models.lora import adapters_disabled, inject_lora, lora_layers, save_adapter
 from models.stream import pack
 from models.weights import WORLD, load_model
@@ -234,6 +235,16 @@ def test_a_task_says_what_it_cannot_do_without(tmp_path, task):
         cfg = compose("eval", [f"task={task}", f"output_dir={tmp_path}"])
     with pytest.raises(ValueError, match=rf"^{TASKS[task][0]} is not set; pass {TASKS[task][0]}="):
         eval.evaluate(cfg, {})
+
+
+def test_where_a_run_was_written_and_what_it_drew_is_not_its_evaluations(adapter):
+    """They would replace the run's own files, and cut answers as short as the run's samples."""
+    own = {"output_dir": "x", "seed": 7, "max_new_tokens": 64}
+    saved = {"model_name_or_path": "world", "pref_beta": 0.5, "eval_dataset": "world", **own}
+    (adapter / "config.yaml").write_text(json.dumps(saved))
+    given, _ = expand_arguments([f"run={adapter}"], EvalConfig)
+    keys = {argument.partition("=")[0] for argument in given}
+    assert keys == {"model_name_or_path", "pref_beta", "eval_dataset", "adapter_name_or_path", "run"}
 
 
 @pytest.mark.slow
