@@ -294,13 +294,17 @@ def build_finished_reference(cfg: DictConfig, policy: Transformer, rows: Sequenc
 
 def build_live_reference(cfg: DictConfig, policy: Transformer) -> tuple[LiveReference, str]:
     """The same with its model in memory, for what a cache of log-probabilities cannot tell: its own answers."""
+    build, description = _finished_reference(cfg, policy)
+    return build(), description
+
+
+def check_reference(cfg: DictConfig) -> None:
+    """ValueError where the reference of an evaluation would be the policy itself."""
     if not has_reference(cfg):
         raise ValueError(
             f"model_name_or_path={cfg.model_name_or_path}: nothing to compare it with; name run, adapter_name_or_path "
             "or ref_model"
         )
-    build, description = _finished_reference(cfg, policy)
-    return build(), description
 
 
 def has_reference(cfg: DictConfig) -> bool:

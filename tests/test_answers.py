@@ -74,3 +74,13 @@ def test_what_was_answered_is_not_asked_again(policy, template, tmp_path, asked)
     again = answers(policy, template, tmp_path)
     assert again[:2] == first and sum(asked) == 4
     assert answers(policy, template, tmp_path) == again and sum(asked) == 4
+
+
+def test_a_prompt_that_the_model_cannot_see_whole_is_refused(policy, template, tmp_path):
+    seen = policy.config.max_position_embeddings
+    long = [[{"role": "user", "content": "cow " * seen}]]
+    with Progress(tmp_path / "a.jsonl", {}) as progress, pytest.raises(ValueError, match=rf"^x: .* model sees {seen};"):
+        answer_all(
+            policy, template, long, seeds=[1], sampling=GREEDY, max_new_tokens=1, batch_size=1, progress=progress,
+            ids=["x"],
+        )  # fmt: skip

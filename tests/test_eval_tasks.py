@@ -23,7 +23,9 @@ from dpo.evals.world_reward import response_probabilities, score
 from dpo.kl import kl_and_entropy
 from dpo.reference import base_reference
 from models.command import expand_arguments
+from models.generate import generate
 from models.lora import adapters_disabled, inject_lora, lora_layers, save_adapter
+from models.sampling import DRAWN
 from models.stream import pack
 from models.weights import WORLD, load_model
 
@@ -78,7 +80,8 @@ def test_a_policy_that_is_right_as_often_as_it_says_is_calibrated():
 
 
 def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
-    cfg = config("preference", tmp_path, f"adapter_name_or_path={adapter}", "max_samples=30", "pref_beta=1")
+    given = [f"adapter_name_or_path={adapter}", "pref_beta=1"]
+    cfg = config("preference", tmp_path, *given, "max_samples=30")
     result = eval.evaluate(cfg, {})
     plain = preference(cfg)
     assert {name: result.metrics[name] for name in plain if name != "eval_runtime"} == {
@@ -87,6 +90,9 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
     assert result.metrics["accuracy"] == pytest.approx(plain["eval_rewards/accuracies"])
     margins = [sample["margin"] for sample in result.samples]
     assert sum(margins) / 30 == pytest.approx(plain["eval_rewards/margins"], rel=1e-5) and margins == sorted(margins)
+    alone = eval.evaluate(config("preference", tmp_path, *given, "max_samples=1"), {})
+    (row,) = (sample for sample in result.samples if sample["id"] == alone.samples[0]["id"])
+    assert row["margin"] == pytest.approx(alone.samples[0]["margin"], rel=1e-3)
     parts = [row["slice"].split(",")[0].split(" ")[0] for row in result.tables["by slice"]]
     for start in ("file", "chosen", "prompts"):
         rows = [row["rows"] for row, part in zip(result.tables["by slice"], parts, strict=True) if part == start]
@@ -118,19 +124,25 @@ def test_generation_is_counted_by_hand(adapter, tmp_path):
 
 def test_kl_is_of_the_policys_own_samples_at_every_position(adapter, tmp_path):
     """Whatever the temperature says; its end counts."""
-    cfg = config("kl", tmp_path, f"adapter_name_or_path={adapter}", "temperature=0.3")
+    cfg = config("kl", tmp_path, f"adapter_name_or_path={adapter}", "temperature=0.3", "max_new_tokens=30")
     result = eval.evaluate(cfg, {})
     policy, template = build_finished_policy(cfg, torch.device("cpu")), build_template(cfg)
     held = {row["id"]: row for row in map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()[1:])}
     sums = []
-    for sample in result.samples:
+    for i, sample in enumerate(result.samples):
         prompt, _ = template.encode([{"role": "user", "content": sample["prompt"]}], [])
         row = held[sample["id"]]
+        (drawn,) = generate(
+            policy, [prompt], samples=1, max_new_tokens=30, stop_ids=template.stop_ids, sampling=DRAWN, seeds=[42 + i],
+            batch_size=1,
+        )  # fmt: skip
+        assert row["ids"] == drawn.ids
         ids = row["ids"] + [min(template.stop_ids)] * (row["finish_reason"] == "stop")
         kl_R, _ = kl_and_entropy(policy, base_reference(policy), pack([prompt], [[ids]]))
         sums.append(float(kl_R.sum()))
         assert sample["kl"] == pytest.approx(sums[-1], rel=1e-4) and sample["tokens"] == len(ids)
     assert result.metrics["kl"] == pytest.approx(sum(sums) / 4, rel=1e-4) and result.metrics["kl"] > 0
+    assert {row["finish_reason"] for row in held.values()} >= {"stop"}
     assert result.metrics["kl_se"] == pytest.approx(torch.tensor(sums).std().item() / 2, rel=1e-4)
     assert result.provenance["temperature"] == 1
 

@@ -268,6 +268,21 @@ def test_other_settings_in_the_same_directory_are_refused(adapter, undisturbed):
         eval.evaluate(config(adapter, undisturbed, "temperature=1"), {})
 
 
+def test_a_win_is_afters(adapter, undisturbed, tmp_path, monkeypatch):
+    """Of a judge that likes what the policy says."""
+    samples = [json.loads(line) for line in (undisturbed / "samples.jsonl").read_text().splitlines()]
+    liked = {sample["answers"]["after"] for sample in samples}
+
+    class Fond(Scripted):
+        def __call__(self, pairs, on_done=lambda *_: None):
+            self.verdicts = {pair.id: Verdict.FIRST if pair.first in liked else Verdict.SECOND for pair in pairs}
+            return super().__call__(pairs, on_done)
+
+    monkeypatch.setattr(dpo.evals.win_rate, "build_judge", lambda cfg: Fond({}))
+    result = eval.evaluate(config(adapter, tmp_path), {})
+    assert result.counts["wins"] == 4 and result.metrics["win_rate"] == 1
+
+
 def test_too_many_invalid_fail_after_the_files_are_written(adapter, tmp_path, monkeypatch):
     class Silent(Scripted):
         def __call__(self, pairs, on_done=lambda *_: None):

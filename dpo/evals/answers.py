@@ -41,6 +41,10 @@ def answer_all(
     """
     samplings = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
     prompts = [template.encode(messages, [])[0] for messages in conversations]
+    positions = policy.config.max_position_embeddings
+    for id, prompt in zip(ids, prompts, strict=True):
+        if len(prompt) >= positions:
+            raise ValueError(f"{id}: its prompt takes {len(prompt)} tokens, the model sees {positions}; leave it out")
     # By length: those of a batch then share their padding.
     order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))
     done = sum(id in progress.done for id in ids)

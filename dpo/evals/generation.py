@@ -23,8 +23,8 @@ from models.weights import choose_device
 def run(cfg: DictConfig) -> Result:
     template = build_template(cfg)
     prompts = prompts_of(cfg)
-    policy = build_finished_policy(cfg, choose_device(cfg.device))
     sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
+    policy = build_finished_policy(cfg, choose_device(cfg.device))
     facts = provenance.of_policy(cfg) | provenance.of_answers(template, sampling, cfg.max_new_tokens, cfg.seed)
     answers = answer_prompts(cfg, policy, template, prompts, "answers", facts, sampling)
     texts = [answer.ids for answer in answers]

@@ -6,7 +6,7 @@ the next token (dpo.kl). An answer counts up to its end, or as far as max_new_to
 
 from omegaconf import DictConfig
 
-from dpo.build import build_finished_policy, build_live_reference, build_template
+from dpo.build import build_finished_policy, build_live_reference, build_template, check_reference
 from dpo.evals import provenance
 from dpo.evals.answers import answer_prompts
 from dpo.evals.prompts import prompts_of
@@ -20,6 +20,7 @@ from models.weights import choose_device
 
 
 def run(cfg: DictConfig) -> Result:
+    check_reference(cfg)
     template = build_template(cfg)
     prompts = prompts_of(cfg)
     policy = build_finished_policy(cfg, choose_device(cfg.device))

@@ -101,17 +101,15 @@ def length_adjusted(preferences: Any, length_differences: Any) -> float:
     scale = d.std(ddof=1) if len(d) > 1 else 0.0
     x = np.tanh(d / scale) if scale else np.zeros_like(d)
     theta = phi = 0.0
-    for _ in range(100):
+    for _ in range(100):  # Newton's method, which needs about ten steps
         p = 1 / (1 + np.exp(-theta - phi * x))
         slope_theta, slope_phi = (p - y).sum() + theta / 100, (p - y) @ x + phi / 100
         weight = p * (1 - p)
         a, b, c = weight.sum() + 0.01, weight @ x, weight @ x**2 + 0.01  # the second derivatives
         step_theta = (c * slope_theta - b * slope_phi) / (a * c - b * b)
         step_phi = (a * slope_phi - b * slope_theta) / (a * c - b * b)
-        # Newton's step overshoots where the logit is nearly flat.
-        longest = max(abs(step_theta), abs(step_phi))
-        theta, phi = theta - step_theta / max(1.0, longest), phi - step_phi / max(1.0, longest)
-        if longest < 1e-9:
+        theta, phi = theta - step_theta, phi - step_phi
+        if max(abs(step_theta), abs(step_phi)) < 1e-9:
             break
     return float(1 / (1 + np.exp(-theta)))
 

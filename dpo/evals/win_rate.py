@@ -17,7 +17,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from dpo.build import build_finished_policy, build_live_reference, build_template
+from dpo.build import build_finished_policy, build_live_reference, build_template, check_reference
 from dpo.evals import provenance
 from dpo.evals.answers import Answer, answer_prompts
 from dpo.evals.progress import Progress
@@ -46,13 +46,14 @@ SCORES_OF = {OUTCOMES[verdict]: score for verdict, score in SCORES.items()}
 
 
 def run(cfg: DictConfig) -> Result:
+    check_reference(cfg)
     template = build_template(cfg)
     prompts = prompts_of(cfg)
+    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
     judge = build_judge(cfg)
     policy = build_finished_policy(cfg, choose_device(cfg.device))
     reference, description = build_live_reference(cfg, policy)
     print(f"before: {description}")
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
     settings = provenance.of_answers(template, sampling, cfg.max_new_tokens, cfg.seed)
     before_facts, after_facts = provenance.of_reference(cfg), provenance.of_policy(cfg)
     with reference.as_model() as model:
