@@ -19,7 +19,7 @@ from dpo.config import TASKS, EvalConfig
 from dpo.evals import compare
 from dpo.evals.preference import calibration, preference
 from dpo.evals.world import lumped_kl, outside
-from dpo.evals.world_reward import response_probabilities, score
+from dpo.evals.world_reward import score
 from dpo.kl import kl_and_entropy
 from dpo.reference import base_reference
 from models.command import expand_arguments
@@ -148,7 +148,7 @@ def test_kl_is_of_the_policys_own_samples_at_every_position(adapter, tmp_path):
 
 
 def test_the_world_before_and_after_is_the_probes_score(adapter, tmp_path):
-    cfg = config("world", tmp_path, f"adapter_name_or_path={adapter}", "max_samples=2")
+    cfg = config("world", tmp_path, f"adapter_name_or_path={adapter}", "max_samples=1")
     result = eval.evaluate(cfg, {})
     policy, template = build_finished_policy(cfg, torch.device("cpu")), build_template(cfg)
     prompts = [sample["prompt"] for sample in result.samples]
@@ -159,7 +159,7 @@ def test_the_world_before_and_after_is_the_probes_score(adapter, tmp_path):
     assert (found["expected_reward"], found["mass_outside"]) == pytest.approx(
         (after.expected_reward, after.mass_outside)
     )
-    assert found["expected_reward_before"] == pytest.approx(before.expected_reward)
+    assert found["expected_reward_before"] == pytest.approx(before.expected_reward) != found["expected_reward"]
     assert found["gain"] == pytest.approx(after.expected_reward - before.expected_reward) and found["kl"] > 0
 
 
@@ -181,14 +181,6 @@ def test_the_lumped_kl_by_hand():
     assert lumped_kl(policy, reference) == pytest.approx(expected) and outside(policy) == pytest.approx(0.2)
     assert lumped_kl(reference, reference) == 0
     assert math.isfinite(lumped_kl({"a": 0.9}, {"a": 1.0}))
-
-
-def test_before_and_after_are_not_the_same_probabilities(adapter, tmp_path):
-    cfg = config("world", tmp_path, f"adapter_name_or_path={adapter}")
-    policy, template = build_finished_policy(cfg, torch.device("cpu")).eval(), build_template(cfg)
-    with base_reference(policy).as_model() as model:
-        before = response_probabilities(model, template, "What does a cow eat?")
-    assert before != response_probabilities(policy, template, "What does a cow eat?")
 
 
 # --- compare ---
