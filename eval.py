@@ -17,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo.config import EvalConfig, check
-from dpo.evals.results import Result, show, write
+from dpo.evals import provenance
+from dpo.evals.results import REPORT, RESULTS, Result, show, write
 from dpo.run import collect_sweep, write_results
 from models.command import one_line_errors, prepare_command_line
 
@@ -51,7 +52,7 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         FAILED_JOBS.append(str(number))
         print(f"error: job {number}: {error}", file=sys.stderr)
-        if not (Path(cfg.output_dir) / "results.json").exists():
+        if not (Path(cfg.output_dir) / RESULTS).exists():
             write_results(Path(cfg.output_dir), overrides, {}, error=str(error))
     print(f"sweep: {collect_sweep(sweep_dir, last_job=number)}")
 
@@ -61,6 +62,7 @@ def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     check(cfg)
     start = time.time()
     result: Result = import_module(f"dpo.evals.{cfg.task}").run(cfg)
+    result.provenance = provenance.of_code(cfg) | result.provenance
     result.time |= {"started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start))}
     result.time |= {"seconds": round(time.time() - start, 3)}
     for line in show(result):
@@ -69,7 +71,7 @@ def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     if cfg.output_file:
         numbers = result.metrics | {name: value for name, value in result.time.items() if name == "eval_runtime"}
         Path(cfg.output_file).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    print(f"report: {Path(cfg.output_dir) / 'report.html'}")
+    print(f"report: {Path(cfg.output_dir) / REPORT}")
     if result.error:
         raise ValueError(result.error)
     return result

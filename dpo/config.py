@@ -69,6 +69,27 @@ class SharedConfig:
 
 
 @dataclass
+class JudgeKeys:
+    """The keys of a judge, which eval.py and dpo.judge share; see conf/judge.yaml."""
+
+    judge: str | None = MISSING
+    judge_model: str | None = MISSING
+    judge_template: str = MISSING
+    judge_base_url: str | None = MISSING
+    judge_labels: str | None = MISSING
+    judge_cache: str | None = MISSING
+    judge_concurrency: int = MISSING
+    judge_max_requests: int | None = MISSING
+    judge_max_cost: float | None = MISSING
+    judge_price_prompt: float | None = MISSING
+    judge_price_completion: float | None = MISSING
+    judge_timeout: float = MISSING
+    judge_logprobs: Any = MISSING
+    judge_seed: int = MISSING
+    max_invalid: float = MISSING
+
+
+@dataclass
 class TrainConfig(SharedConfig):
     """Every key of train.py; see conf/config.yaml for what each means."""
 
@@ -127,26 +148,7 @@ class TrainConfig(SharedConfig):
 
 
 @dataclass
-class JudgeConfig:
-    """The keys that say who compares answers, and what it may cost; see conf/judge.yaml."""
-
-    judge: str = MISSING
-    judge_model: str | None = MISSING
-    judge_base_url: str | None = MISSING
-    judge_labels: str | None = MISSING
-    judge_cache: str | None = MISSING
-    judge_concurrency: int = MISSING
-    judge_max_requests: int | None = MISSING
-    judge_max_cost: float | None = MISSING
-    judge_price_prompt: float | None = MISSING
-    judge_price_completion: float | None = MISSING
-    judge_timeout: float = MISSING
-    judge_logprobs: Any = MISSING
-    max_invalid: float = MISSING
-
-
-@dataclass
-class EvalConfig(JudgeConfig, SharedConfig):
+class EvalConfig(JudgeKeys, SharedConfig):  # the shared keys first
     """Every key of eval.py; see conf/eval.yaml."""
 
     STANDS_FOR: ClassVar = {
@@ -214,7 +216,6 @@ TERM_KEYS = (
 )  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of(*TASKS),
-    "max_invalid": ((lambda value: 0 <= value <= 1), "must be between 0 and 1"),
     "resamples": ((lambda value: value >= 2000), "must be at least 2000, or the interval would hang on the draw"),
     "safetybench_set": _one_of("en", "zh", "zh_subset", "dev_en", "dev_zh"),
     "safetybench_shots": ((lambda value: 0 <= value <= 5), "must be between 0 and 5"),
@@ -277,6 +278,17 @@ RULES: dict[str, tuple[Any, str]] = {
     "early_stopping_steps": AT_LEAST_1,
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
+    "judge": _one_of("gold", "model", "openai", "human"),
+    "judge_template": _one_of("auto", *TEMPLATES),
+    "judge_concurrency": AT_LEAST_1,
+    "judge_max_requests": AT_LEAST_1,
+    "judge_max_cost": POSITIVE,
+    "judge_price_prompt": NOT_NEGATIVE,
+    "judge_price_completion": NOT_NEGATIVE,
+    "judge_timeout": POSITIVE,
+    "judge_logprobs": ((lambda value: value in ("auto", True, False)), "expected auto, true or false"),
+    "judge_seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
+    "max_invalid": SHARE,
 }
 # How a reference moves, and where each key is when nothing is said.
 MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}

@@ -1,12 +1,17 @@
 """Answers: what a model says to many conversations, in batches, each with its seed; none is asked for twice."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from dpo.evals.progress import Progress
+from dpo.evals.prompts import Prompt, prompts_sha256
 from models.generate import generate
+from models.packed import packed
 from models.sampling import Sampling
 from models.template import ChatTemplate, Message
 from models.transformer import Transformer
@@ -38,7 +43,8 @@ def answer_all(
     prompts = [template.encode(messages, [])[0] for messages in conversations]
     # By length: those of a batch then share their padding.
     order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(ids), initial=sum(id in progress.done for id in ids), desc="answers", unit="") as bar:
+    done = sum(id in progress.done for id in ids)
+    with packed(policy), tqdm(total=len(ids), initial=done, desc="answers", unit="") as bar:
         for one in dict.fromkeys(samplings):
             alike = [i for i in order if samplings[i] == one]
             for first in range(0, len(alike), batch_size):
@@ -55,5 +61,24 @@ def answer_all(
                 ]
                 progress.add(*({"id": ids[i], **asdict(a)} for i, a in zip(batch, answers, strict=True)))
                 bar.update(len(batch))
-    done = (progress.done[id] for id in ids)
-    return [Answer(row["text"], row["finish_reason"], row["ids"]) for row in done]
+    rows = (progress.done[id] for id in ids)
+    return [Answer(row["text"], row["finish_reason"], row["ids"]) for row in rows]
+
+
+def answer_prompts(
+    cfg: DictConfig, model: Transformer, template: ChatTemplate, prompts: Sequence[Prompt], name: str,
+    facts: Mapping[str, Any], sampling: Sampling,
+) -> list[Answer]:  # fmt: skip
+    """A model's answers to prompts, with the config's settings; kept in output_dir/NAME.jsonl.
+
+    facts: what else the answers depend on, beside the prompts.
+    """
+    # A model that was moved is the same one.
+    key = {name: value for name, value in facts.items() if not name.endswith(("_path", "ref_model", "_adapters"))}
+    key |= {"data_sha256": prompts_sha256(prompts), "dtype": str(model.dtype)}
+    with Progress(Path(cfg.output_dir) / f"{name}.jsonl", key) as progress:
+        return answer_all(
+            model, template, [prompt.messages for prompt in prompts],
+            seeds=range(cfg.seed, cfg.seed + len(prompts)), sampling=sampling, max_new_tokens=cfg.max_new_tokens,
+            batch_size=cfg.per_device_eval_batch_size, progress=progress, ids=[prompt.id for prompt in prompts],
+        )  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.digests import write_beside
-from dpo.evals.page import page
+from dpo.evals.page import page, table
 from models.lora import ADAPTER_WEIGHTS
 from models.weights import weight_files
 
@@ -74,21 +74,6 @@ def show(result: Result) -> Iterator[str]:
     for title, rows in result.tables.items():
         yield f"\n{title}"
         yield from table(rows)
-
-
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows as aligned lines below their keys."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        yield "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " to ".join(map(cell, value))
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
