@@ -58,4 +58,7 @@ def test_mc1_and_mc2_equal_lm_evals_question_by_question(real, smollm2, tmp_path
             furthest = max(furthest, *(abs(a - b) for a, b in zip(log_likelihoods, expected, strict=True)))
             assert ours[name] == pytest.approx(row["acc"], abs=1e-4)
     assert furthest < 5e-4  # nats, of sums of about -40 in float32
-    print(f"furthest log-likelihood: {furthest:.1e} nats;", {name: theirs["results"][f"local_{name}"]["acc,none"] for name in ("mc1", "mc2")})
+    print(
+        f"furthest log-likelihood: {furthest:.1e} nats;",
+        {name: theirs["results"][f"local_{name}"]["acc,none"] for name in ("mc1", "mc2")},
+    )

@@ -99,7 +99,7 @@ def run(cfg: DictConfig) -> Result:
             result.metrics[name] = sum(values) / len(values)
             if name in ACCURACIES:
                 result.intervals[name] = wilson(sum(values), len(values))
-            elif name == "mc2":
+            elif name == "mc2" and len(values) > 1:
                 result.intervals[name] = bootstrap(values, resamples=cfg.resamples, seed=cfg.seed, method="bca")
     result.counts = {
         "n": len(items), "n_binary": sum(item.pair is not None for item in items),
