@@ -47,7 +47,7 @@ def test_an_option_that_begins_another_is_worth_what_it_is_alone(policy):
     """And log pi(ab | x) = log pi(a | x) + log pi(b | xa)."""
     short, long = logps(policy, [[12, 3], [12, 3, 44, 8]])
     assert logps(policy, [[12, 3]]) == pytest.approx([short], rel=1e-12)
-    assert long == pytest.approx(short + logps(policy, [[44, 8]], CONTEXT + [12, 3])[0], rel=1e-12)
+    assert long == pytest.approx(short + logps(policy, [[44, 8]], [*CONTEXT, 12, 3])[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])

@@ -110,7 +110,7 @@ def test_a_file_that_holds_no_texts_is_refused(tmp_path, name, content, message)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="perplexity_file=.*nothing.txt: no such file"):
+    with pytest.raises(ValueError, match=r"perplexity_file=.*nothing.txt: no such file"):
         read(tmp_path / "nothing.txt")
 
 

@@ -80,12 +80,8 @@ def test_a_dev_question_does_not_see_its_own_answer():
 
 
 def test_accuracies_and_the_baseline_of_always_one_letter():
-    rows = [
-        {"category": category, "answer": answer, "prediction": prediction}
-        for category, answer, prediction in (
-            ("Mental Health", "A", "A"), ("Mental Health", "B", "A"), ("Offensiveness", "B", "B"), ("Offensiveness", "B", "A")
-        )
-    ]  # fmt: skip
+    given = [("Mental Health", "AA"), ("Mental Health", "BA"), ("Offensiveness", "BB"), ("Offensiveness", "BA")]
+    rows = [{"category": category, "answer": a, "prediction": p} for category, (a, p) in given]
     metrics, intervals = accuracies(rows)
     assert metrics == {"accuracy": 0.5, "majority_baseline": 0.75}
     # Wilson's of 2 in 4: 1/2 -+ 1.96 sqrt(1/16 + 1.96^2 / 64) / (1 + 1.96^2 / 4).
@@ -100,7 +96,9 @@ def test_a_set_reads_its_own_files(tmp_path):
     subset = read(directory, "zh_subset")
     assert len(subset) == 2100 and subset[2] == Item("6", CATEGORIES[2], "2?", ["是。", "否。"], 1)
     assert len(read(directory, "dev_zh")) == 35
-    with pytest.raises(ValueError, match="safetybench_dir=.*: has no test_en.json; .*huggingface.co/datasets/thu-coai"):
+    with pytest.raises(
+        ValueError, match=r"safetybench_dir=.*: has no test_en.json; .*huggingface.co/datasets/thu-coai"
+    ):
         read(directory, "en")
 
 
@@ -127,7 +125,7 @@ def test_a_letter_without_an_option_is_never_predicted(tmp_path):
 
 
 def test_another_number_of_questions_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="dev_en.json: 28 questions, expected 35"):
+    with pytest.raises(ValueError, match=r"dev_en.json: 28 questions, expected 35"):
         read(write_dev(tmp_path / "data", per_category=4), "dev_en")
 
 
@@ -160,7 +158,7 @@ def test_an_unknown_category_and_a_missing_answer_are_refused(tmp_path):
     with pytest.raises(ValueError, match="question Manners 0 has the category 'Manners'"):
         read(directory, "dev_zh")
     (directory / "dev_zh.json").write_text("[")
-    with pytest.raises(ValueError, match="dev_zh.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"dev_zh.json: not valid JSON"):
         read(directory, "dev_zh")
 
 

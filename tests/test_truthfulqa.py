@@ -1,4 +1,4 @@
-"""MC1, MC2 and the binary forms are the published arithmetic on summed log-likelihoods; the data are what they should be."""
+"""MC1, MC2 and the binary forms are arithmetic on summed log-likelihoods; the data are what they should be."""
 
 import csv
 import json
@@ -135,14 +135,19 @@ def test_another_number_of_questions_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"mc1_targets": {"a": 1, "b": 1}}, {"mc2_targets": {"a": 2}}, {"mc1_targets": None}, {"mc1_targets": {"a": 1}, "mc2_targets": {"a": 1}}],
-)  # fmt: skip
+    [
+        {"mc1_targets": {"a": 1, "b": 1}},
+        {"mc2_targets": {"a": 2}},
+        {"mc1_targets": None},
+        {"mc1_targets": {"a": 1}, "mc2_targets": {"a": 1}},
+    ],
+)
 def test_a_question_without_one_best_answer_among_others_is_refused(tmp_path, change):
     directory = write_data(tmp_path / "data")
     items = json.loads((directory / "mc_task.json").read_text())
     items[5] |= change
     (directory / "mc_task.json").write_text(json.dumps(items))
-    with pytest.raises(ValueError, match="mc_task.json: question 5 is not one with mc1_targets"):
+    with pytest.raises(ValueError, match=r"mc_task.json: question 5 is not one with mc1_targets"):
         read(directory)
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
 from dpo.config import as_list
 from dpo.evals import provenance
-from dpo.evals.results import Result, finite
+from dpo.evals.results import Result, file_sha256, finite
 from dpo.evals.statistics import thirds, wilson
 from dpo.objective import Saw, evaluate
 from dpo.tokens import Encoded, describe_cuts, sides
@@ -70,8 +70,7 @@ def _add_calibration(result: Result, seen: Sequence[tuple[Encoded, float]]) -> N
     result.counts["rows"] = len(seen)
     result.tables["calibration"] = table
     result.tables["by slice"] = [
-        _slice(name, [margin for row, margin in seen if holds(row)])
-        for name, holds in slices([r for r, _ in seen]).items()
+        _slice(name, [margin for row, margin in seen if holds(row)]) for name, holds in slices([r for r, _ in seen]).items()
     ]
     # The most wrong ones first.
     result.samples = [
