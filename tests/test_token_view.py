@@ -13,6 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import eval  # noqa: F401  (registers its schema)
+from dpo.build import build_eval_rows, build_template
+from dpo.evals.preference import preference
 from dpo.logprobs import gather_logps
 from dpo.token_view import Response, Row, TokenViewConfig, background, lines, most_moved, page, scale_of, view, viewed
 from models.command import CONF, expand_arguments

@@ -50,4 +50,6 @@ def run(cfg: DictConfig) -> Result:
         for prompt, answer, end in zip(prompts, answers, ended, strict=True)
     ]  # fmt: skip
     counts = {"prompts": len(prompts)}
-    return Result("generation", finite(metrics), intervals, counts, provenance.of_data(cfg, prompts) | facts, {}, samples)
+    return Result(
+        "generation", finite(metrics), intervals, counts, provenance.of_data(cfg, prompts) | facts, {}, samples
+    )

@@ -1,45 +1,49 @@
-"""task=preference: the guide's metrics of a policy on held-out pairs, by the code that training uses, and what they hide.
+"""task=preference: the guide's metrics of a policy on held-out pairs, by the code that training uses, and more.
 
-    accuracy by slice         by file, by which response is longer, and by thirds of the prompts' lengths, in tokens
-    calibration               the policy says with probability sigmoid(margin) that chosen is the better one, so it is
-                              sure of its choice by sigmoid(|margin|); of rows that it is so sure of, is that share right?
-    calibration_error         sum over bins of (rows in it / all) |share that is right - mean sureness|
-                              (Guo et al. 2017, arXiv:1706.04599, Eq. 3; ten bins of equal width)
+    by slice             accuracy by file, by which response is longer, and by thirds of the prompts' lengths, in tokens
+    calibration          the policy says with probability sigmoid(margin) that chosen is better, so it is sure of its
+                         choice by sigmoid(|margin|): is that share of the rows that it is so sure of right?
+    calibration_error    sum over bins of (rows in it / all) |share that is right - mean sureness|
+                         (Guo et al. 2017, arXiv:1706.04599, Eq. 3; ten bins of equal width)
 
-sigmoid(margin) is the Bradley-Terry probability under pref_loss=sigmoid; other losses mean other things by their margin.
+sigmoid(margin) is Bradley and Terry's probability under pref_loss=sigmoid; other margins mean other things.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
 from dpo.config import as_list
 from dpo.evals import provenance
-from dpo.evals.results import Result, file_sha256, finite
-from dpo.evals.statistics import thirds, wilson
+from dpo.evals.results import Result, finite
+from dpo.evals.statistics import grouped, thirds, wilson
 from dpo.objective import Saw, evaluate
 from dpo.tokens import Encoded, describe_cuts, sides
 from models.weights import choose_device
 
 BINS = 10
+Seen = tuple[Encoded, float]
+"""a row and its margin."""
 
 
 def run(cfg: DictConfig) -> Result:
-    seen: list[tuple[Encoded, float]] = []
+    seen: list[Seen] = []
 
-    def saw(rows: Sequence[Encoded], losses: object, margins: object) -> None:
+    def saw(rows: Sequence[Encoded], losses: Tensor, margins: Tensor | None) -> None:
         if margins is not None:
             seen.extend(zip(rows, margins.tolist(), strict=True))
 
     metrics = preference(cfg, saw)
-    time = {"eval_runtime": metrics.pop("eval_runtime")}
-    result = Result("preference", finite(metrics), time=time)
+    runtime = metrics.pop("eval_runtime")
+    result = Result("preference", finite(metrics), time={"eval_runtime": runtime})
     result.provenance = {
-        **provenance.of_policy(cfg), "eval_dataset": ",".join(as_list(cfg.eval_dataset)), "pref_loss": str(cfg.pref_loss),
-        "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len,
+        **provenance.of_policy(cfg), "eval_dataset": ",".join(as_list(cfg.eval_dataset)),
+        "pref_loss": str(cfg.pref_loss), "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len,
     }  # fmt: skip
     if seen:
         _add_calibration(result, seen)
@@ -61,7 +65,7 @@ def preference(cfg: DictConfig, saw: Saw = lambda *_: None) -> dict[str, float]:
     return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size, saw)
 
 
-def _add_calibration(result: Result, seen: Sequence[tuple[Encoded, float]]) -> None:
+def _add_calibration(result: Result, seen: Sequence[Seen]) -> None:
     margins = [margin for _, margin in seen]
     right = sum(margin > 0 for margin in margins)
     result.metrics["accuracy"] = right / len(seen)
@@ -69,9 +73,7 @@ def _add_calibration(result: Result, seen: Sequence[tuple[Encoded, float]]) -> N
     result.metrics["calibration_error"], table = calibration(margins)
     result.counts["rows"] = len(seen)
     result.tables["calibration"] = table
-    result.tables["by slice"] = [
-        _slice(name, [margin for row, margin in seen if holds(row)]) for name, holds in slices([r for r, _ in seen]).items()
-    ]
+    result.tables["by slice"] = [_slice(name, [margin for _, margin in part]) for name, part in slices(seen).items()]
     # The most wrong ones first.
     result.samples = [
         {
@@ -98,24 +100,29 @@ def calibration(margins: Sequence[float]) -> tuple[float, list[dict[str, float]]
     return error, table
 
 
-def slices(rows: Sequence[Encoded]) -> dict[str, Callable[[Encoded], bool]]:
-    found: dict[str, Callable[[Encoded], bool]] = {}
-    for name in dict.fromkeys(map(_file, rows)):
-        found[f"file {name}"] = lambda row, name=name: _file(row) == name
-    if all(len(row.lengths) == 2 for row in rows):
-        found["chosen is longer"] = lambda row: row.lengths[0] > row.lengths[1]
-        found["chosen is shorter"] = lambda row: row.lengths[0] < row.lengths[1]
-        found["equally long"] = lambda row: row.lengths[0] == row.lengths[1]
-    for low, high in thirds([len(row.prompt_ids) for row in rows]):
-        found[f"prompt of {low} to {high} tokens"] = lambda row, a=low, b=high: a <= len(row.prompt_ids) <= b
-    return found
+def slices(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
+    third = thirds([len(row.prompt_ids) for row, _ in seen], "tokens")
+
+    def longer(one: Seen) -> str:
+        chosen, *rejected = one[0].lengths
+        if not rejected:
+            return sides(one[0])[0]
+        return (
+            "chosen is longer"
+            if chosen > rejected[0]
+            else "chosen is shorter"
+            if chosen < rejected[0]
+            else "equally long"
+        )
+
+    return grouped(seen, lambda one: f"file {_file(one[0])}", longer, lambda one: third(len(one[0].prompt_ids)))
 
 
 def _file(row: Encoded) -> str:
     return Path(row.example.source.rpartition(":")[0]).name
 
 
-def _slice(name: str, margins: Sequence[float]) -> dict[str, object]:
+def _slice(name: str, margins: Sequence[float]) -> dict[str, Any]:
     n, right = len(margins), sum(margin > 0 for margin in margins)
-    told = {"accuracy": right / n, "95%": list(wilson(right, n)), "mean margin": sum(margins) / n} if n else {}
+    told = {"accuracy": right / n, "95%": list(wilson(right, n)), "mean margin": sum(margins) / n}
     return {"slice": name, "rows": n, **told}

@@ -13,20 +13,22 @@ Intervals are of 95%. What is resampled are prompts, never single judgments: tho
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 NORMAL = NormalDist()
 Z = NORMAL.inv_cdf(0.975)
 Interval = tuple[float, float]
+Item = TypeVar("Item")
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """Of the share successes / n. A tie may count as half of one: the interval is then wider than it need be."""
+    """Of the share successes / n. A tie counted as half a success makes it wider than it need be: see bootstrap."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} of {n}: expected at least one trial, and no more successes than trials")
     p = successes / n
@@ -75,13 +77,17 @@ def mcnemar_exact(wins: int, losses: int) -> float:
     return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
 
 
-def prompts_needed(rate: float, power: float = 0.8) -> int | None:
-    """Prompts without a tie at which a two-sided test at 5% tells `rate` from a half so often; None for a half."""
-    if not (0 <= rate <= 1 and 0 < power < 1):
-        raise ValueError(f"rate={rate}, power={power}: expected a rate in [0, 1] and a power in (0, 1)")
+def prompts_needed(rate: float, *, ties: float = 0.0, power: float = 0.8) -> int | None:
+    """Prompts at which a two-sided test at 5% tells `rate` from a half as often as `power`; None for a half.
+
+    ties: their share, which count as half a win in `rate`. They vary less than wins and losses, so fewer are needed.
+    """
+    wins, losses = rate - ties / 2, 1 - rate - ties / 2
+    if not (0 <= ties <= 1 and wins >= -1e-9 and losses >= -1e-9 and 0 < power < 1):
+        raise ValueError(f"rate={rate}, ties={ties}, power={power}: expected shares that can be, and a power in (0, 1)")
     if rate == 0.5:
         return None
-    spread = Z * 0.5 + NORMAL.inv_cdf(power) * math.sqrt(rate * (1 - rate))
+    spread = Z * 0.5 * math.sqrt(1 - ties) + NORMAL.inv_cdf(power) * math.sqrt(max(0, wins + ties / 4 - rate**2))
     return math.ceil((spread / (rate - 0.5)) ** 2)
 
 
@@ -133,9 +139,21 @@ def krippendorff_alpha(items: Sequence[Sequence[Hashable | None]]) -> float | No
     return 1 - (n - 1) * observed / expected if expected else None
 
 
-def thirds(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(shortest, longest) of three parts with about as many of the lengths each; fewer parts where many are alike."""
+def thirds(lengths: Sequence[int], unit: str) -> Callable[[int], str]:
+    """Which third of the lengths one is in, by name; there are fewer where many are alike."""
     ordered = sorted(lengths)
     ends = sorted({ordered[math.ceil(len(ordered) * part / 3) - 1] for part in (1, 2, 3)})
     starts = [ordered[0], *(end + 1 for end in ends)]
-    return list(zip(starts, ends, strict=False))
+    parts = enumerate(zip(starts, ends, strict=False), start=1)
+    names = [f"prompts by length, part {i}: {start} to {end} {unit}" for i, (start, end) in parts]
+    return lambda length: names[bisect_left(ends, length)]
+
+
+def grouped(items: Sequence[Item], *namings: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """The items by the name that each naming gives them, one naming after the other, names sorted."""
+    groups: dict[str, list[Item]] = {}
+    for naming in namings:
+        names = [naming(item) for item in items]
+        for name in sorted(set(names)):
+            groups[name] = [item for item, own in zip(items, names, strict=True) if own == name]
+    return groups

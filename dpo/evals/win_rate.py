@@ -8,7 +8,8 @@ nobody is asked about. The guide expects 60 to 80% of a DPO that has worked.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from dpo.evals.answers import Answer, answer_prompts
 from dpo.evals.progress import Progress
 from dpo.evals.prompts import Prompt, prompts_of
 from dpo.evals.results import Result, text_sha256
-from dpo.evals.statistics import bootstrap, length_adjusted, mcnemar_exact, prompts_needed, thirds, wilson
+from dpo.evals.statistics import bootstrap, grouped, length_adjusted, mcnemar_exact, prompts_needed, thirds, wilson
 from dpo.judge.build import build_judge
 from dpo.judge.verdict import Judge, Judged, Pair, Verdict
 from models.sampling import Sampling
 from models.weights import choose_device
 
 GUIDE = (0.6, 0.8)
+Sample = Mapping[str, Any]
 SCORES = {Verdict.FIRST: 1.0, Verdict.TIE: 0.5, Verdict.SECOND: 0.0}
 OUTCOMES = {Verdict.FIRST: "win", Verdict.TIE: "tie", Verdict.SECOND: "loss", Verdict.INVALID: "invalid"}
 
@@ -127,7 +129,7 @@ def count(
     p_values = [sample["p_after"] for sample in valid if sample["p_after"] is not None]
     asked = [row["orders"] for row in verdicts if len(row["orders"]) == 2]
     rate = float(np.mean(scores))
-    needed = prompts_needed(rate)
+    needed = prompts_needed(rate, ties=ties / len(valid))
     result.metrics = {
         "win_rate": rate,
         "length_adjusted": length_adjusted(scores, gained),
@@ -138,23 +140,26 @@ def count(
     if asked:
         agree = [one["verdict"] == other["verdict"] for one, other in asked]
         result.metrics["order_consistency"] = float(np.mean(agree))
-    # A tie counts as half a win, which makes this interval rather too wide; it holds where all are wins, too.
-    result.intervals["win_rate"] = wilson(wins + ties / 2, len(valid))
-    boot = {"resamples": resamples, "seed": seed}
+    boot = partial(bootstrap, resamples=resamples, seed=seed)
+    methods = {
+        "Wilson": wilson(wins + ties / 2, len(valid)),
+        "bootstrap, percentile": boot(scores, method="percentile"),
+        "bootstrap, BCa": boot(scores, method="bca"),
+    }
+    # Wilson's is of wins and losses, and too wide where there are ties; resampled scores that are all alike have none.
+    chosen = "bootstrap, BCa" if ties and len(set(scores)) > 1 else "Wilson"
+    result.intervals["win_rate"] = methods[chosen]
     pairs_N2 = np.stack([scores, gained], axis=1)
-    result.intervals["length_adjusted"] = bootstrap(
-        pairs_N2, lambda rows: length_adjusted(rows[:, 0], rows[:, 1]), method="percentile", **boot
-    )
+    if len(set(scores)) > 1:
+        result.intervals["length_adjusted"] = boot(
+            pairs_N2, lambda rows_N2: length_adjusted(rows_N2[:, 0], rows_N2[:, 1]), method="percentile"
+        )
     if needed is not None:
         result.counts["prompts_needed"] = needed
-    methods: dict[str, tuple[float, float]] = {"Wilson": result.intervals["win_rate"]}
-    methods |= {f"bootstrap, {name}": bootstrap(scores, method=name, **boot) for name in ("percentile", "bca")}
     result.tables = {
         "95% intervals of win_rate": [{"method": name, "from": a, "to": b} for name, (a, b) in methods.items()],
         "what it says": _reading(rate, result.intervals["win_rate"], result.metrics["mcnemar_p"], needed, len(valid)),
-        "by slice": [
-            _slice(name, [sample for sample in valid if holds(sample)]) for name, holds in slices(valid).items()
-        ],
+        "by slice": [_slice(name, part) for name, part in slices(valid).items()],
     }
     return result
 
@@ -180,25 +185,19 @@ def _reading(rate: float, interval: tuple[float, float], p: float, needed: int |
     ]
 
 
-def slices(samples: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], bool]]:
+def slices(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     """By source, by which answer is longer, and by thirds of the prompts' lengths, in characters."""
-    found: dict[str, Callable[[Mapping[str, Any]], bool]] = {}
-    for source in sorted({sample["source"] for sample in samples}):
-        found[f"source {source}"] = lambda sample, source=source: sample["source"] == source
 
-    def gain(sample: Mapping[str, Any]) -> int:
-        return len(sample["answers"]["after"]) - len(sample["answers"]["before"])
+    def longer(sample: Sample) -> str:
+        gain = len(sample["answers"]["after"]) - len(sample["answers"]["before"])
+        return "after is longer" if gain > 0 else "after is shorter" if gain < 0 else "equally long"
 
-    found["after is longer"] = lambda sample: gain(sample) > 0
-    found["after is shorter"] = lambda sample: gain(sample) < 0
-    found["equally long"] = lambda sample: gain(sample) == 0
-    for low, high in thirds([len(sample["prompt"]) for sample in samples]):
-        found[f"prompt of {low} to {high} characters"] = lambda sample, a=low, b=high: a <= len(sample["prompt"]) <= b
-    return found
+    third = thirds([len(sample["prompt"]) for sample in samples], "characters")
+    return grouped(samples, lambda one: f"source {one['source']}", longer, lambda one: third(len(one["prompt"])))
 
 
-def _slice(name: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _slice(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
     counts = Counter(sample["outcome"] for sample in samples)
     n, won = len(samples), counts["win"] + counts["tie"] / 2
     row = {"slice": name, "n": n, "wins": counts["win"], "ties": counts["tie"], "losses": counts["loss"]}
-    return row | ({"win_rate": won / n, "95%": list(wilson(won, n))} if n else {})
+    return row | {"win_rate": won / n, "95%": list(wilson(won, n))}
