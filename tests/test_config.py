@@ -100,7 +100,12 @@ def sources(*files: str) -> str:
     return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
 
 
-EVAL_FILES = [str(path.relative_to(ROOT)) for part in ("evals", "judge") for path in (ROOT / "dpo" / part).glob("*.py")]
+EVAL_FILES = [
+    str(path.relative_to(ROOT))
+    for part in ("evals", "judge")
+    for path in (ROOT / "dpo" / part).glob("*.py")
+    if path.stem != "harness"  # a command with keys of its own
+]
 # The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
     "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "dpo/plan.py", "train.py")),
@@ -242,6 +247,10 @@ EDGES: dict[str, tuple[list, list]] = {
     "task": (["alpaca", ""], ["preference"]),
     "max_invalid": ([-0.1, 1.1, float("nan")], [0.0, 0.05, 1.0]),
     "resamples": ([0, 1999], [2000]),
+    "safetybench_set": (["test_en", ""], ["en", "zh", "zh_subset", "dev_en", "dev_zh"]),
+    "safetybench_shots": ([-1, 6], [0, 5]),
+    "perplexity_stride": ([0], [1, None]),
+    "max_tokens_per_batch": ([0], [1]),
     "stage": (["ppo", "DPO"], ["dpo", "sft"]),  # kto: see test_stage_kto_is_the_loss_of_that_name
     "finetuning_type": (["freeze"], ["lora", "full"]),
     "template": (["vicuna"], ["auto", *TEMPLATES]),
