@@ -59,6 +59,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """lm_eval's results, printed as its table."""
     refuse_unset(cfg, model_name_or_path=" (or model=NAME)")
     check_values(cfg, RULES)
+    if cfg.bf16 and cfg.fp16:
+        raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> Result:
     logps, counts, provenance = measure(cfg, questions(items, examples, shots, language))
     samples = [
         {
-            "id": item.id, "category": item.category, "answer": LETTERS[item.answer],
+            "id": item.id, "category": item.category, "prompt": item.question, "answer": LETTERS[item.answer],
             "prediction": LETTERS[int(logps[item.id].argmax())],
             "log_likelihoods": dict(zip(LETTERS, logps[item.id].tolist(), strict=False)),
         }
