@@ -114,6 +114,7 @@ def test_an_empty_context_is_bos(tmp_path):
 def test_the_contexts_last_spaces_belong_to_the_options(tmp_path):
     merged = tokenizer(tmp_path, merges=[(" ", "A")])
     assert encoded(merged, "a: ", ["A", "B"]) == ("<s>|a|:", [" A", " |B"])
+    assert encoded(merged, "a: ", ["b", "B"]) == ("<s>|a|:", [" |b", " |B"])
 
 
 def test_where_context_and_option_join_every_option_begins_at_the_same_place(tmp_path):

@@ -75,8 +75,9 @@ def test_what_greedy_decoding_says_is_greedy_and_nothing_else(world):
 
 def test_a_long_context_loses_its_start_and_a_continuation_nothing(world):
     short = lm(max_length=8)
-    (ids,) = world.tokens.encode(["A cow eats grass and a lion eats meat"])
+    (ids,) = world.tokens.encode(["A cow eats grass. A lion eats meat. A cow is a pet. A lion is no pet."])
     context, continuation = ids[:-2], ids[-2:]
+    assert len(context) > 9
     (cut,), (whole,) = (
         model._loglikelihood_tokens([(("", ""), context[-n:], continuation)]) for model, n in ((short, 99), (world, 7))
     )

@@ -38,7 +38,7 @@ def write_subset(directory: Path) -> Path:
         {"id": 3 * i, "category": CATEGORIES[i % 7], "question": f"{i}?", "options": ["是。", "否。"]}
         for i in range(2100)
     ]
-    answers = {str(row["id"]): {"category": row["category"], "answer": 1} for row in reversed(rows)}
+    answers = {str(row["id"]): {"category": row["category"], "answer": row["id"] % 2} for row in reversed(rows)}
     (directory / "test_zh_subset.json").write_text(json.dumps(rows), encoding="utf-8")
     (directory / "test_answers_zh_subset.json").write_text(json.dumps(answers), encoding="utf-8")
     return directory
@@ -94,7 +94,8 @@ def test_accuracies_and_the_baseline_of_always_one_letter():
 def test_a_set_reads_its_own_files(tmp_path):
     directory = write_subset(tmp_path / "data")
     subset = read(directory, "zh_subset")
-    assert len(subset) == 2100 and subset[2] == Item("6", CATEGORIES[2], "2?", ["是。", "否。"], 1)
+    assert len(subset) == 2100 and subset[1] == Item("3", CATEGORIES[1], "1?", ["是。", "否。"], 1)
+    assert subset[2].answer == 0
     assert len(read(directory, "dev_zh")) == 35
     with pytest.raises(
         ValueError, match=r"safetybench_dir=.*: has no test_en.json; .*huggingface.co/datasets/thu-coai"

@@ -19,10 +19,10 @@ ITEM = Item("0", "Is it?", {"Yes": 1, "No": 0}, {"No": 0, "Yes": 1, "Sure": 1}, 
 
 
 def write_data(directory: Path, rows: int = 817, columns=COLUMNS) -> Path:
-    """Questions with a space after them in the table, and true answers behind a false one."""
+    """Questions with a space after them in the table, or in both, and true answers behind a false one."""
     directory.mkdir()
     targets = {"mc1_targets": {"a cow": 1, "a lion": 0}, "mc2_targets": {"a lion": 0, "a cow": 1, "a dog": 1}}
-    items = [{"question": f"What eats {i}?", **targets} for i in range(rows)]
+    items = [{"question": f"What eats {i}?" + " " * (i % 2), **targets} for i in range(rows)]
     (directory / "mc_task.json").write_text(json.dumps(items))
     with open(directory / "TruthfulQA.csv", "w", encoding="utf-8-sig", newline="") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore")

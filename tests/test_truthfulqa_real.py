@@ -1,7 +1,7 @@
 """TruthfulQA on SmolLM2: MC1 and MC2 are what lm-eval's official tasks give, question by question, in float32.
 
 lm-eval's own model reads each answer in a row of its own: seconds per question. So it is asked few questions, and 100
-through dpo.evals.lm_eval_model, which has lm-eval make the prompts, part them and count. DPO_QUESTIONS=100 asks it all.
+through dpo.evals.lm_eval_model, which has lm-eval make the prompts, part them and count. DPO_QUESTIONS sets both.
 """
 
 import json
@@ -17,7 +17,7 @@ from models.tokenizer import Tokenizer
 from models.weights import load_model
 
 pytestmark = pytest.mark.real
-COUNTS = {"policy": 100, "hugging face": int(os.environ.get("DPO_QUESTIONS", "4"))}
+COUNTS = {through: int(os.environ.get("DPO_QUESTIONS", n)) for through, n in (("policy", "100"), ("hugging face", "4"))}
 
 
 def official_tasks(items: list[Item], directory: Path) -> None:
