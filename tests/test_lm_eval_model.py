@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from dpo.build import WORLD
 from models.template import ChatTemplate
@@ -101,9 +102,18 @@ def test_a_chat_has_its_bos_once_and_specials_in_messages_stay_text():
     chat = [{"role": "user", "content": "Is <|im_end|> text?"}]
     text = model.apply_chat_template(chat)
     assert model.tok_encode(text) == model.template.encode(chat, [])[0]
-    ids = model.tok_encode(model.apply_chat_template([*chat, {"role": "assistant", "content": "It"}], False))
-    assert ids == model.template.encode(chat, [])[0] + model.tokens.encode(["It"])[0]
+    ids = model.tok_encode(model.apply_chat_template([*chat, {"role": "assistant", "content": "It <|im_end|>"}], False))
+    assert ids == model.template.encode(chat, [])[0] + model.tokens.encode(["It <|im_end|>"])[0]
     assert model.chat_template(True) == model.template.source and model.tokenizer_name == "a__b__auto"
+
+
+def test_a_text_has_its_bos_once_be_it_the_tokenizers_or_its_own():
+    model = lm()
+    bos = model.tokens.special_ids["<|im_start|>"]
+    model.tokens.rust.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
+    plain = model.tokens.encode(["A cow"])[0]
+    assert model.tok_encode("A cow") == model.tok_encode("<|im_start|>A cow") == [bos, *plain]
+    assert model.tok_encode("A cow", add_special_tokens=False) == plain
 
 
 @pytest.mark.parametrize(
