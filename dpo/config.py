@@ -167,6 +167,13 @@ class EvalConfig(JudgeKeys, SharedConfig):  # the shared keys first
     max_new_tokens: int = MISSING
     seed: int = MISSING
     resamples: int = MISSING
+    truthfulqa_dir: str = MISSING
+    safetybench_dir: str = MISSING
+    safetybench_set: str = MISSING
+    safetybench_shots: int = MISSING
+    perplexity_file: str | None = MISSING
+    perplexity_stride: int | None = MISSING
+    max_tokens_per_batch: int = MISSING
     output_dir: str = MISSING
     output_file: str | None = MISSING
 
@@ -178,6 +185,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "generation": ("model_name_or_path", "eval_dataset"),
     "kl": ("model_name_or_path", "eval_dataset"),
     "world": ("model_name_or_path",),
+    "truthfulqa": ("model_name_or_path",),
+    "safetybench": ("model_name_or_path",),
+    "perplexity": ("model_name_or_path", "perplexity_file"),
     "compare": ("runs",),
 }
 
@@ -207,6 +217,10 @@ TERM_KEYS = (
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of(*TASKS),
     "resamples": ((lambda value: value >= 2000), "must be at least 2000, or the interval would hang on the draw"),
+    "safetybench_set": _one_of("en", "zh", "zh_subset", "dev_en", "dev_zh"),
+    "safetybench_shots": ((lambda value: 0 <= value <= 5), "must be between 0 and 5"),
+    "perplexity_stride": AT_LEAST_1,
+    "max_tokens_per_batch": AT_LEAST_1,
     "stage": _one_of("dpo", "kto", "sft"),
     "finetuning_type": _one_of("lora", "full"),
     "template": _one_of("auto", *TEMPLATES),

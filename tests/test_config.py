@@ -100,7 +100,9 @@ def sources(*files: str) -> str:
     return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
 
 
-EVAL_FILES = [str(path.relative_to(ROOT)) for path in (ROOT / "dpo" / "evals").glob("*.py")]
+# dpo.evals.harness is a command with keys of its own.
+EVALS = [path for path in (ROOT / "dpo" / "evals").glob("*.py") if path.stem != "harness"]
+EVAL_FILES = [str(path.relative_to(ROOT)) for path in EVALS]
 # The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
     "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "dpo/plan.py", "train.py")),
@@ -252,6 +254,10 @@ EDGES: dict[str, tuple[list, list]] = {
     "max_invalid": ([1.0, -0.1], [0.0, 0.99]),
     "task": (["alpaca", ""], ["preference"]),
     "resamples": ([0, 1999], [2000]),
+    "safetybench_set": (["test_en", ""], ["en", "zh", "zh_subset", "dev_en", "dev_zh"]),
+    "safetybench_shots": ([-1, 6], [0, 5]),
+    "perplexity_stride": ([0], [1, None]),
+    "max_tokens_per_batch": ([0], [1]),
     "stage": (["ppo", "DPO"], ["dpo", "sft"]),  # kto: see test_stage_kto_is_the_loss_of_that_name
     "finetuning_type": (["freeze"], ["lora", "full"]),
     "template": (["vicuna"], ["auto", *TEMPLATES]),
