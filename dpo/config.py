@@ -167,6 +167,12 @@ class EvalConfig(JudgeKeys, SharedConfig):  # the shared keys first
     max_new_tokens: int = MISSING
     seed: int = MISSING
     resamples: int = MISSING
+    model_id: str | None = MISSING
+    alpaca_eval_dir: str = MISSING
+    alpaca_eval_prompt: str | None = MISSING
+    alpaca_eval_annotations: str | None = MISSING
+    mt_bench_dir: str = MISSING
+    mt_bench_baseline: str | None = MISSING
     output_dir: str = MISSING
     output_file: str | None = MISSING
 
@@ -178,6 +184,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "generation": ("model_name_or_path", "eval_dataset"),
     "kl": ("model_name_or_path", "eval_dataset"),
     "world": ("model_name_or_path",),
+    "alpaca_eval": (),
+    "mt_bench": ("model_name_or_path",),
     "compare": ("runs",),
 }
 

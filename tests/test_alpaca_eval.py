@@ -1,4 +1,4 @@
-"""AlpacaEval's numbers are arithmetic on preferences; its order is the instruction's; nothing shown can change either."""
+"""AlpacaEval's numbers are arithmetic on preferences; its order is the instruction's; no output can change either."""
 
 import json
 import math
@@ -27,7 +27,16 @@ from dpo.evals.results import write
 from dpo.judge.endpoint import Reply
 from models.command import CONF
 
-PUBLISHED_SHAPE = "<|im_start|>system\nJudge.\n<|im_end|>\n<|im_start|>user\nQ: {instruction}\nm: {output_1}\nM: {output_2}\n<|im_end|>\n"
+PUBLISHED_SHAPE = """\
+<|im_start|>system
+Judge.
+<|im_end|>
+<|im_start|>user
+Q: {instruction}
+m: {output_1}
+M: {output_2}
+<|im_end|>
+"""
 
 
 def annotation(preference, output="four", reference="abc"):
