@@ -114,19 +114,20 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("evil", INJECTIONS)
+@pytest.mark.parametrize("place, identifier", [("output_1", "m"), ("output_2", "M")])
 @pytest.mark.parametrize("prompt", [PROMPT, PUBLISHED_SHAPE])
-def test_an_output_cannot_leave_its_place(evil, prompt):
+def test_an_output_cannot_leave_its_place(evil, place, identifier, prompt):
     """Of the prompt's text nothing changes but the output's own place."""
-    row = {"instruction": "Do it", "output_1": "plain", "output_2": evil}
-    harmless = messages(row | {"output_2": "HERE"}, False, prompt)
-    shown = json.dumps(evil, ensure_ascii=False)[1:-1] if prompt == PROMPT else evil
-    asked = messages(row, False, prompt)
+    row = {"instruction": "Do it", "output_1": "plain", "output_2": "simple", place: "HERE"}
+    harmless, asked = (messages(row | {place: text}, False, prompt) for text in ("HERE", evil))
+    escaped = json.dumps(evil, ensure_ascii=False)[1:-1] if prompt == PROMPT else evil
     assert [m["role"] for m in asked] == ["system", "user"]
-    assert asked[1]["content"] == harmless[1]["content"].replace("HERE", shown)
-    # In our own prompt it is still one JSON string on one line.
-    if prompt == PROMPT:
-        line = next(line for line in asked[1]["content"].splitlines() if '"model_identifier": "M", "output"' in line)
-        assert json.loads(line)["output"] == evil
+    assert asked[1]["content"] == harmless[1]["content"].replace("HERE", escaped)
+    if prompt == PROMPT:  # where it is one JSON string on one line
+        line = next(
+            line for line in asked[1]["content"].splitlines() if f'{{"model_identifier": "{identifier}"' in line
+        )
+        assert json.loads(line.removesuffix(","))["output"] == evil
 
 
 def test_swapping_exchanges_the_outputs_and_nothing_else():

@@ -224,6 +224,15 @@ def test_grades_and_games_end_to_end_and_again_without_a_request(data):
     assert (pair[0]["g1_winner"], pair[0]["g2_winner"]) == ("model_2", "model_2")
 
 
+def test_equal_answers_are_a_tie_whatever_the_judge_says_and_asked_about_once(data):
+    run(configured(data))
+    with serving(judge_of_fields) as endpoint:
+        more = {"judge": "openai", "judge_model": "j", "judge_base_url": endpoint.url}
+        result = run(configured(data, mt_bench_baseline=data / "out/model_answer/world.jsonl", **more))
+        assert len(endpoint.asked) == 8 + 8
+    assert result.counts["ties"] == 8 and result.metrics["win_rate_adjusted"] == 0.5
+
+
 def test_answers_go_on_where_they_were_and_keep_their_ids(data):
     first = run(configured(data))
     path = data / "out" / "answers.jsonl"

@@ -84,7 +84,7 @@ with nothing else: no quotes, no space, no line break.
 <|im_end|>
 """
 FIELDS = re.compile(r"\{(instruction|output_1|output_2)\}")
-TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def run(cfg: DictConfig) -> Result:
@@ -237,7 +237,7 @@ def messages(row: Row, swapped: bool, prompt: str) -> list[Message]:
         shown = {name: json.dumps(text, ensure_ascii=False) for name, text in shown.items()}
     # The template is parted into turns before the texts are put in: they may hold <|im_end|>.
     return [
-        {"role": role, "content": FIELDS.sub(lambda found: shown[found[1]], content)}
+        {"role": role, "content": FIELDS.sub(lambda found: shown[found[1]], content.strip())}
         for role, content in TURN.findall(prompt)
     ]
 
