@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from dpo.config import EvalConfig, check
 from dpo.evals import provenance
 from dpo.evals.results import REPORT, RESULTS, Result, show, write
-from dpo.run import collect_sweep, write_results
+from dpo.run import CONFIG, collect_sweep, write_results
 from models.command import one_line_errors, prepare_command_line
 
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
@@ -60,6 +60,7 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
 def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     """One evaluation, from config to files."""
     check(cfg)
+    check_output_dir(Path(cfg.output_dir), cfg.task)
     start = time.time()
     result: Result = import_module(f"dpo.evals.{cfg.task}").run(cfg)
     result.provenance = provenance.of_code(cfg) | result.provenance
@@ -75,6 +76,18 @@ def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     if result.error:
         raise ValueError(result.error)
     return result
+
+
+def check_output_dir(path: Path, task: str) -> None:
+    """ValueError where the result would replace something else than an earlier one of the same task."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir={path}: is a file; name a directory")
+    if (path / CONFIG).exists():
+        raise ValueError(f"output_dir={path}: holds a training run; name another directory")
+    if (path / RESULTS).is_file():
+        held = json.loads((path / RESULTS).read_text(encoding="utf-8")).get("task", task)
+        if held != task:
+            raise ValueError(f"output_dir={path}: holds the result of task={held}; name another directory")
 
 
 if __name__ == "__main__":

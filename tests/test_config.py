@@ -100,11 +100,11 @@ def sources(*files: str) -> str:
     return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
 
 
-EVAL_FILES = [str(path.relative_to(ROOT)) for part in ("evals", "judge") for path in (ROOT / "dpo" / part).glob("*.py")]
+EVAL_FILES = [str(path.relative_to(ROOT)) for path in (ROOT / "dpo" / "evals").glob("*.py")]
 # The code that obeys keys; dpo/config.py, which only checks them, does not count.
 READERS = {
     "train": (TrainConfig, ("dpo/build.py", "dpo/trainer.py", "dpo/plan.py", "train.py")),
-    "eval": (EvalConfig, ("dpo/build.py", "eval.py", *EVAL_FILES)),
+    "eval": (EvalConfig, ("dpo/build.py", "dpo/judge/build.py", "eval.py", *EVAL_FILES)),
 }
 
 LOSS_KEYS = {"pref_loss", "loss_weights", *OPTIONS.values(), *TERM_KEYS}
@@ -239,8 +239,18 @@ READ_UNDER = {
 }
 # key: (values at the edge that are refused, values at the edge that are not), by hand from conf/config.yaml.
 EDGES: dict[str, tuple[list, list]] = {
+    "judge": (["gpt-4", ""], ["gold", "model", "openai", "human"]),
+    "judge_template": (["vicuna"], ["auto", *TEMPLATES]),
+    "judge_concurrency": ([0, -1], [1]),
+    "judge_max_requests": ([0], [1]),
+    "judge_max_cost": ([0.0, float("inf")], [0.01]),
+    "judge_price_prompt": ([-0.1, float("nan")], [0.0, 2.5]),
+    "judge_price_completion": ([-0.1], [0.0]),
+    "judge_timeout": ([0.0, float("inf")], [0.1]),
+    "judge_logprobs": (["yes", 2], ["auto", True, False]),
+    "judge_seed": ([-1, 2**32], [0, 2**32 - 1]),
+    "max_invalid": ([1.0, -0.1], [0.0, 0.99]),
     "task": (["alpaca", ""], ["preference"]),
-    "max_invalid": ([-0.1, 1.1, float("nan")], [0.0, 0.05, 1.0]),
     "resamples": ([0, 1999], [2000]),
     "stage": (["ppo", "DPO"], ["dpo", "sft"]),  # kto: see test_stage_kto_is_the_loss_of_that_name
     "finetuning_type": (["freeze"], ["lora", "full"]),

@@ -19,6 +19,7 @@ from models.command import printable
 from models.config import parse_model_config, read_model_config
 from models.generate import Completion
 from models.lora import inject_lora, lora_layers
+from models.stream import pack
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -228,7 +229,7 @@ def test_the_policy_is_left_as_it_was(template, tmp_path, training):
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     plain = moved(small_model())
     assert metrics == samples_of(template, tmp_path, reference=base_reference(plain))(plain, 1)
-    policy(samples_of(template, tmp_path).rows and dpo.samples.pack([[1, 2]], [[[3]]])).sum().backward()
+    policy(samples_of(template, tmp_path).rows and pack([[1, 2]], [[[3]]])).sum().backward()
     assert any(layer.lora_B.grad is not None for layer in lora_layers(policy).values())
 
 

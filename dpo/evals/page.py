@@ -25,9 +25,9 @@ def page(found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> byte
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>",
-        f'<p class="warn">{escape(found["error"])}</p>' if "error" in found else "",
+        f'<p class="warn">{_escaped(found["error"])}</p>' if "error" in found else "",
         table_html(metrics),
-        *(f"<h2>{escape(name)}</h2>{table_html(rows)}" for name, rows in found["tables"].items()),
+        *(f"<h2>{_escaped(name)}</h2>{table_html(rows)}" for name, rows in found["tables"].items()),
         "<h2>What it was found with</h2>" + table_html(about),
         f"<h2>{min(SHOWN, len(samples)):,} of {len(samples):,} samples</h2>" if samples else "",
         *(_sample(sample) for sample in samples[:SHOWN]),

@@ -78,7 +78,7 @@ def _add_calibration(result: Result, seen: Sequence[Seen]) -> None:
     result.samples = [
         {
             "id": row.example.source, "prompt": row.example.messages[-1]["content"], "margin": margin,
-            "answers": dict(zip(sides(row), row.example.responses, strict=False)),
+            "answers": dict(zip(sides(row), row.example.responses, strict=True)),
         }
         for row, margin in sorted(seen, key=lambda pair: (pair[1], pair[0].example.source))
     ]  # fmt: skip
@@ -104,16 +104,11 @@ def slices(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
     third = thirds([len(row.prompt_ids) for row, _ in seen], "tokens")
 
     def longer(one: Seen) -> str:
-        chosen, *rejected = one[0].lengths
-        if not rejected:
-            return sides(one[0])[0]
-        return (
-            "chosen is longer"
-            if chosen > rejected[0]
-            else "chosen is shorter"
-            if chosen < rejected[0]
-            else "equally long"
-        )
+        names = sides(one[0])
+        if len(names) == 1:  # whether it was desirable
+            return names[0]
+        gain = one[0].lengths[0] - one[0].lengths[1]
+        return "chosen is longer" if gain > 0 else "chosen is shorter" if gain < 0 else "equally long"
 
     return grouped(seen, lambda one: f"file {_file(one[0])}", longer, lambda one: third(len(one[0].prompt_ids)))
 

@@ -4,6 +4,7 @@ A file of JSON lines. The first says what the rows are of (model, data, settings
 refused. Every row has an `id`.
 """
 
+import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,17 @@ class Progress:
         self.done: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         key = json.loads(json.dumps(key))
+        self._file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the evaluation)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process writes it; wait for it, or name another output_dir") from None
         # As bytes: a row may hold what str.splitlines() parts at. What a kill has cut short has no newline.
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = path.read_bytes().split(b"\n")[:-1]
         if lines:
             self._check(json.loads(lines[0]), key)
             self.done = {row["id"]: row for row in map(json.loads, lines[1:])}
-        whole = sum(len(line) + 1 for line in lines)
-        self._file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the evaluation)
-        self._file.truncate(whole)
+        self._file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             self._write(key)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from dpo.config import as_list
 from dpo.data import rows_wanted
-from dpo.formats import BadRow, examples_of
+from dpo.formats import PROMPTS, BadRow, examples_of
 from dpo.sources import Source, find_dataset
 from models.template import Message
 from models.weights import WORLD
@@ -65,7 +65,7 @@ def read_prompts(
                 bad.append(str(error))
     if not prompts:
         raise ValueError(
-            f"eval_dataset={','.join(names)}: no prompt ({len(bad)} bad rows){': ' + bad[0] if bad else ''}"
+            f"eval_dataset={','.join(names)}: no prompt, {len(bad)} bad rows{': ' + bad[0] if bad else ''}"
         )
     return list(prompts.values()), bad
 
@@ -76,7 +76,7 @@ class _TextFile(Source):
     def rows(self) -> Iterator[tuple[str, Any]]:
         for path in self.files:
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8").split("\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
             for number, line in enumerate(lines, start=1):
@@ -97,8 +97,8 @@ ANSWERS = ("chosen", "output", "completion", "response")
 
 def _prompts_of(row: Any, place: str, dataset: str, data_format: str | None) -> list[Prompt]:
     said = row.get("source") if isinstance(row, dict) else None
-    if isinstance(row, dict) and not any(row.get(key) for key in ANSWERS):
-        row = row | {"chosen": "-"}  # as the formats have one
+    if isinstance(row, dict) and any(row.get(key) for key in PROMPTS) and not any(row.get(key) for key in ANSWERS):
+        row = row | {"chosen": "-"}  # formats are of prompts with responses
     examples = examples_of(row, place, "sft", data_format=data_format)
     where = said if isinstance(said, str) and said else dataset
     return [

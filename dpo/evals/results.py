@@ -19,6 +19,7 @@ from typing import Any
 
 from dpo.digests import write_beside
 from dpo.evals.page import page, table
+from models.command import printable
 from models.lora import ADAPTER_WEIGHTS
 from models.weights import weight_files
 
@@ -72,7 +73,7 @@ def show(result: Result) -> Iterator[str]:
     for name, count in result.counts.items():
         yield f"{name:28s}{count:10d}"
     for title, rows in result.tables.items():
-        yield f"\n{title}"
+        yield f"\n{printable(title)}"
         yield from table(rows)
 
 

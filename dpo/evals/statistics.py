@@ -41,15 +41,15 @@ def bootstrap(
     values: Any, statistic: Callable[[np.ndarray], Any] = np.mean, *, resamples: int, seed: int, method: str
 ) -> Interval:
     """Of statistic(values); a row of `values` is a prompt. method: percentile, or bca, which corrects bias and skew."""
+    if method not in ("percentile", "bca"):
+        raise ValueError(f"method={method}: expected percentile or bca")
     values = np.asarray(values)
     n = len(values)
     draw = np.random.default_rng(seed)
     estimates = np.sort([statistic(values[draw.integers(0, n, n)]) for _ in range(resamples)])
     levels = [0.025, 0.975]
-    if method == "bca":
+    if method == "bca" and n > 1:
         levels = _bca_levels(estimates, statistic(values), _leave_one_out(values, statistic))
-    elif method != "percentile":
-        raise ValueError(f"method={method}: expected percentile or bca")
     low, high = np.quantile(estimates, levels)
     return float(low), float(high)
 
@@ -99,18 +99,21 @@ def length_adjusted(preferences: Any, length_differences: Any) -> float:
     """
     y, d = np.asarray(preferences, dtype=float), np.asarray(length_differences, dtype=float)
     scale = d.std(ddof=1) if len(d) > 1 else 0.0
-    x_N2 = np.stack([np.ones_like(d), np.tanh(d / scale) if scale else np.zeros_like(d)], axis=1)
-    weights = np.zeros(2)
+    x = np.tanh(d / scale) if scale else np.zeros_like(d)
+    theta = phi = 0.0
     for _ in range(100):
-        p = 1 / (1 + np.exp(-x_N2 @ weights))
-        gradient = x_N2.T @ (p - y) + weights / 100
-        hessian = (x_N2 * (p * (1 - p))[:, None]).T @ x_N2 + np.eye(2) / 100
-        step = np.linalg.solve(hessian, gradient)
+        p = 1 / (1 + np.exp(-theta - phi * x))
+        slope_theta, slope_phi = (p - y).sum() + theta / 100, (p - y) @ x + phi / 100
+        weight = p * (1 - p)
+        a, b, c = weight.sum() + 0.01, weight @ x, weight @ x**2 + 0.01  # the second derivatives
+        step_theta = (c * slope_theta - b * slope_phi) / (a * c - b * b)
+        step_phi = (a * slope_phi - b * slope_theta) / (a * c - b * b)
         # Newton's step overshoots where the logit is nearly flat.
-        weights = weights - step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-10:
+        longest = max(abs(step_theta), abs(step_phi))
+        theta, phi = theta - step_theta / max(1.0, longest), phi - step_phi / max(1.0, longest)
+        if longest < 1e-9:
             break
-    return float(1 / (1 + np.exp(-weights[0])))
+    return float(1 / (1 + np.exp(-theta)))
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:

@@ -8,7 +8,7 @@ nobody is asked about. The guide expects 60 to 80% of a DPO that has worked.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ from dpo.evals.answers import Answer, answer_prompts
 from dpo.evals.progress import Progress
 from dpo.evals.prompts import Prompt, prompts_of
 from dpo.evals.results import Result, text_sha256
-from dpo.evals.statistics import bootstrap, grouped, length_adjusted, mcnemar_exact, prompts_needed, thirds, wilson
+from dpo.evals.statistics import (
+    Interval,
+    bootstrap,
+    grouped,
+    length_adjusted,
+    mcnemar_exact,
+    prompts_needed,
+    thirds,
+    wilson,
+)
 from dpo.judge.build import build_judge
 from dpo.judge.verdict import Judge, Judged, Pair, Verdict
 from models.sampling import Sampling
@@ -33,6 +42,7 @@ GUIDE = (0.6, 0.8)
 Sample = Mapping[str, Any]
 SCORES = {Verdict.FIRST: 1.0, Verdict.TIE: 0.5, Verdict.SECOND: 0.0}
 OUTCOMES = {Verdict.FIRST: "win", Verdict.TIE: "tie", Verdict.SECOND: "loss", Verdict.INVALID: "invalid"}
+SCORES_OF = {OUTCOMES[verdict]: score for verdict, score in SCORES.items()}
 
 
 def run(cfg: DictConfig) -> Result:
@@ -146,11 +156,9 @@ def count(
         "bootstrap, percentile": boot(scores, method="percentile"),
         "bootstrap, BCa": boot(scores, method="bca"),
     }
-    # Wilson's is of wins and losses, and too wide where there are ties; resampled scores that are all alike have none.
-    chosen = "bootstrap, BCa" if ties and len(set(scores)) > 1 else "Wilson"
-    result.intervals["win_rate"] = methods[chosen]
-    pairs_N2 = np.stack([scores, gained], axis=1)
+    result.intervals["win_rate"] = interval_of(scores, boot)
     if len(set(scores)) > 1:
+        pairs_N2 = np.stack([scores, gained], axis=1)
         result.intervals["length_adjusted"] = boot(
             pairs_N2, lambda rows_N2: length_adjusted(rows_N2[:, 0], rows_N2[:, 1]), method="percentile"
         )
@@ -158,31 +166,36 @@ def count(
         result.counts["prompts_needed"] = needed
     result.tables = {
         "95% intervals of win_rate": [{"method": name, "from": a, "to": b} for name, (a, b) in methods.items()],
-        "what it says": _reading(rate, result.intervals["win_rate"], result.metrics["mcnemar_p"], needed, len(valid)),
-        "by slice": [_slice(name, part) for name, part in slices(valid).items()],
+        "what it says": _reading(result, needed, len(valid)),
+        "by slice": [_slice(name, part, boot) for name, part in slices(valid).items()],
     }
     return result
 
 
-SCORES_OF = {OUTCOMES[verdict]: score for verdict, score in SCORES.items()}
+def interval_of(scores: Sequence[float], boot: Callable[..., Interval]) -> Interval:
+    """Wilson's, which is of wins and losses, and too wide where there are ties: then one of resampled prompts."""
+    # Resampled scores that are all alike have an interval of no width, which says nothing.
+    if 0.5 in scores and len(set(scores)) > 1:
+        return boot(scores, method="bca")
+    return wilson(sum(scores), len(scores))
 
 
-def _reading(rate: float, interval: tuple[float, float], p: float, needed: int | None, n: int) -> list[dict[str, str]]:
-    low, high = GUIDE
-    where = "below" if rate < low else "above" if rate > high else "within"
-    sure = low <= interval[0] and interval[1] <= high
-    unsure = "" if sure else f", though it may be {interval[0]:.0%} to {interval[1]:.0%}"
-    return [
-        {"question": "the guide expects 60% to 80%", "answer": f"{rate:.1%} is {where}{unsure}"},
-        {
-            "question": "do wins and losses differ by more than chance?",
-            "answer": f"{'yes' if p < 0.05 else 'not surely'}, McNemar's exact p = {p:.2g}",
-        },
-        {
-            "question": "prompts to tell this rate from 50%, at 80% power",
-            "answer": "no number would do" if needed is None else f"{needed:,}; there were {n:,}",
-        },
-    ]
+def _reading(result: Result, needed: int | None, n: int) -> list[dict[str, str]]:
+    """The numbers in words."""
+    rate, p, (low, high) = result.metrics["win_rate"], result.metrics["mcnemar_p"], result.intervals["win_rate"]
+    where = "below" if rate < GUIDE[0] else "above" if rate > GUIDE[1] else "within"
+    unsure = "" if GUIDE[0] <= low and high <= GUIDE[1] else f", though it may be {low:.0%} to {high:.0%}"
+    lines = {
+        "the guide expects 60% to 80%": f"{rate:.1%} is {where}{unsure}",
+        "do wins and losses differ by more than chance?": f"{'yes' if p < 0.05 else 'not surely'}, p = {p:.2g}",
+        "prompts to tell this rate from 50%, at 80% power": (
+            "no number would do" if needed is None else f"{needed:,}; there were {n:,}"
+        ),
+    }
+    if "order_consistency" in result.metrics:
+        share = result.metrics["order_consistency"]
+        lines["does the judge keep its verdict when the order is turned?"] = f"in {share:.0%} of the pairs it was asked"
+    return [{"question": question, "answer": answer} for question, answer in lines.items()]
 
 
 def slices(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
@@ -196,8 +209,8 @@ def slices(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return grouped(samples, lambda one: f"source {one['source']}", longer, lambda one: third(len(one["prompt"])))
 
 
-def _slice(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+def _slice(name: str, samples: Sequence[Sample], boot: Callable[..., Interval]) -> dict[str, Any]:
     counts = Counter(sample["outcome"] for sample in samples)
-    n, won = len(samples), counts["win"] + counts["tie"] / 2
-    row = {"slice": name, "n": n, "wins": counts["win"], "ties": counts["tie"], "losses": counts["loss"]}
-    return row | {"win_rate": won / n, "95%": list(wilson(won, n))}
+    scores = [SCORES_OF[sample["outcome"]] for sample in samples]
+    row = {"slice": name, "n": len(samples), "wins": counts["win"], "ties": counts["tie"], "losses": counts["loss"]}
+    return row | {"win_rate": float(np.mean(scores)), "95%": list(interval_of(scores, boot))}

@@ -64,6 +64,8 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
         texts = [row[key] for key in TWO] if TWO[0] in row else next(row[key] for key in LISTS if row.get(key))
         if len(texts) != 2:
             raise BadRow(f"{place}: {len(texts)} responses without scores; two are compared")
+        if texts[0] == texts[1]:
+            raise BadRow(f"{place}: both responses are the same, which no judge can part; leave the row out")
         # In their order, as if the first had been labelled the better one: read and checked like any other row.
         row = {key: value for key, value in row.items() if key not in (*TWO, *LISTS)}
         row |= {"responses": texts, "scores": [1, 0]}
