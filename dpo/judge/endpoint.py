@@ -85,6 +85,8 @@ class EndpointJudge:
             raise ValueError("judge=openai: OPENAI_API_KEY is not set; export it, or name another judge_base_url")
         self.errors = openai
         self.key = (api_key or "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds a character that no key has; export the key alone")
         self.client = openai.OpenAI(
             api_key=self.key or "none", base_url=base_url or OPENAI, max_retries=0, timeout=timeout
         )
@@ -205,7 +207,7 @@ class EndpointJudge:
             if letter and not (isinstance(p_a, float) and math.isnan(p_a)):
                 # A letter is the likeliest token; the sum over its variants may say otherwise, and counts.
                 letter = letter if p_a is None or p_a == 0.5 else "A" if p_a > 0.5 else "B"
-                return exchange | {"outcome": outcome, "letter": letter, "p_a": p_a}
+                return exchange | {"outcome": outcome, "letter": letter, "p_a": p_a, "reason": ""}
             exchange["reason"] = f"no letter in {answer.text!r:.60}" if answer.text is not None else answer.problem
             question = ask_again(messages, answer.text or "")
         return exchange
@@ -249,20 +251,20 @@ class EndpointJudge:
 
         def send() -> str:
             self.limits.begin(bound)
-            cost, failed = 0.0, True
+            cost, failure = 0.0, ""
             try:
                 body = self._request(messages, settings)
                 usage = _usage(body)
-                cost, failed = (self.limits.cost_of(*usage) if usage else bound), False
+                cost = self.limits.cost_of(*usage) if usage else bound
                 return body
             except Temporary as error:
-                cost = 0.0 if error.answered else bound
+                cost, failure = (0.0 if error.answered else bound), str(error)
                 raise
             except Refused as error:
-                failed = not error.filtered
+                failure = "" if error.filtered else str(error)
                 raise
             finally:
-                self.limits.end(bound, cost, failed)
+                self.limits.end(bound, cost, failure)
 
         return self.backoff(send)
 
@@ -281,12 +283,13 @@ class EndpointJudge:
             raise Refused(reason, status, filtered="content_filter" in body) from None
         except self.errors.APITimeoutError:
             raise Temporary("no answer within judge_timeout", answered=False) from None
-        except (self.errors.APIError, UnicodeError, OSError) as error:  # connections that fail, bodies that break off
+        except (self.errors.APIError, OSError) as error:  # connections that fail, bodies that break off
             raise Temporary(self._hide(f"{type(error).__name__}: {error}"), answered=False) from None
 
     def _hide(self, text: str) -> str:
         """A text of the endpoint's without the key, which a proxy may well repeat."""
-        return text.replace(self.key, "***") if self.key else text
+        # A word so short is no secret, and may well stand in an answer.
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
     # --- how it is asked ---
 
@@ -340,9 +343,11 @@ class Answer:
             choice = json.loads(body)["choices"][0]
             message = choice["message"]
             self.refused = choice.get("finish_reason") == "content_filter" or bool(message.get("refusal"))
-            self.text = message.get("content") if isinstance(message.get("content"), str) else None
-            content = (choice.get("logprobs") or {}).get("content")
-            self.positions = content if isinstance(content, list) else []
+            content = message.get("content")
+            # Half a surrogate pair can stand in JSON and in no request.
+            self.text = content.encode("utf-8", "replace").decode() if isinstance(content, str) else None
+            positions = (choice.get("logprobs") or {}).get("content")
+            self.positions = positions if isinstance(positions, list) else []
         except (ValueError, RecursionError):
             self.problem = f"the answer is no JSON: {body!r:.60}"
         except (LookupError, TypeError, AttributeError):
