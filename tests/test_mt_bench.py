@@ -270,7 +270,8 @@ def test_temperatures_are_the_categories_and_turn_2_follows_the_own_answer(data,
     second = [decode(prompts[0]) for prompts, _ in calls[8:]]
     for sample in result.samples:
         text = next(text for text in second if f"second {sample['id']}" in text)
-        assert f"first {sample['id']}" in text and sample["answers"]["policy, turn 1"] in text
+        own = sample["answers"]["policy, turn 1"]
+        assert own and f"first {sample['id']}" in text and own in text
 
 
 def test_failed_answers_of_a_baseline_are_not_judged_and_counted(data):
@@ -281,6 +282,18 @@ def test_failed_answers_of_a_baseline_are_not_judged_and_counted(data):
         assert not any("$ERROR$" in request["messages"][-1]["content"] for request in endpoint.asked)
     assert result.counts["games_failed"] == 4 and "4 of 8 games failed" in result.error
     assert result.metrics["win_rate_adjusted"] == 0  # turn 1 alone
+
+
+def test_an_own_answer_that_reads_as_a_failure_is_not_graded(data):
+    """Its question's both turns are not: turn 2 is judged beside turn 1."""
+    run(configured(data))
+    path = data / "out" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows(path, [row | ({"text": "ERROR"} if row.get("id") == "81-1" else {}) for row in rows])
+    with serving(judge_of_fields) as endpoint:
+        result = run(configured(data, judge="openai", judge_model="j", judge_base_url=endpoint.url))
+        assert len(endpoint.asked) == 6
+    assert result.counts["failures"] == 2 and result.samples[0]["grades"] == [None, None]
 
 
 def test_requests_that_fail_are_failures_and_are_asked_again(data):

@@ -236,7 +236,7 @@ class EndpointJudge:
             if answer.refused:
                 return exchange | {"outcome": "refused", "reason": f"the judge refused: {answer.text or ''!r:.60}"}
             if answer.text and (logps or not settings.get("logprobs")):
-                return exchange | {"outcome": outcome, "text": answer.text, "logps": logps}
+                return exchange | {"outcome": outcome, "text": answer.text, "logps": logps, "reason": ""}
             exchange["reason"] = "the answer has no log-probabilities" if answer.text else answer.problem
         return exchange
 
