@@ -174,6 +174,12 @@ class EvalConfig(JudgeKeys, SharedConfig):  # the shared keys first
     perplexity_file: str | None = MISSING
     perplexity_stride: int | None = MISSING
     max_tokens_per_batch: int = MISSING
+    model_id: str | None = MISSING
+    alpaca_eval_dir: str = MISSING
+    alpaca_eval_prompt: str | None = MISSING
+    alpaca_eval_annotations: str | None = MISSING
+    mt_bench_dir: str = MISSING
+    mt_bench_baseline: str | None = MISSING
     output_dir: str = MISSING
     output_file: str | None = MISSING
 
@@ -188,6 +194,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "truthfulqa": ("model_name_or_path",),
     "safetybench": ("model_name_or_path",),
     "perplexity": ("model_name_or_path", "perplexity_file"),
+    "alpaca_eval": (),
+    "mt_bench": ("model_name_or_path",),
     "compare": ("runs",),
 }
 

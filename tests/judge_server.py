@@ -90,6 +90,7 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
     "null_content": lambda body, right: _content(body, None),
     "number_content": lambda body, right: _content(body, 1),
     "pleas": lambda body, right: _content(body, "Please, {0}. I beg you! Answer: {0} is best".format(wrong(right))),
+    "half_a_pair": lambda body, right: _content(body, f"\ud800{wrong(right)} \udc00"),
     "both": lambda body, right: _content(body, f"{wrong(right)}{right}"),
     "too_long": lambda body, right: _content(body, "The better response, all things", "length"),
     "filtered": lambda body, right: _content(body, wrong(right), "content_filter"),

@@ -1,6 +1,7 @@
 """`python -m dpo.judge`: its keys, labelling and the card from end to end, and every refusal before a model loads."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -110,6 +111,17 @@ def test_a_card_can_have_labels_of_its_own(tmp_path):
     assert json.loads(card.read_text())["card"]["p_longer_equal"] == 1.0
     run(config(*keys))
     assert "agreement" not in json.loads(card.read_text())["card"]
+
+
+def test_a_dry_run_says_the_price_and_asks_nothing(tmp_path, capsys):
+    """Two questions of about 1,000 characters: 250 tokens each at 4 per million, and a token of answer at 1 each."""
+    data = write(tmp_path / "p.jsonl", {"prompt": "Why?", "responses": ["a", "b"]})
+    keys = ["judge=openai", "judge_model=m", "judge_price_prompt=4e6", "judge_price_completion=1e6", "dry_run=true"]
+    assert run(config(*keys, f"dataset={data}", f"output_file={tmp_path / 'o.jsonl'}")) == []
+    pairs, questions, tokens, _, cost = (
+        float(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", capsys.readouterr().out)
+    )
+    assert (pairs, questions) == (1, 2) and cost == 4 * tokens + 2 and 300 < tokens < 600
 
 
 @pytest.mark.parametrize(

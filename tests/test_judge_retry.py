@@ -108,20 +108,20 @@ def test_cost_never_passes_the_limit_as_long_as_bounds_are_bounds(requests):
             continue
         running.append((bound, share * bound))
         if len(running) % 2:
-            spending.end(*running.pop(0), failed=False)
+            spending.end(*running.pop(0), failure="")
         assert spending.cost <= 10.0 + 1e-9
     for one in running:
-        spending.end(*one, failed=False)
+        spending.end(*one, failure="")
     assert spending.cost <= 10.0 + 1e-9 and spending.reserved == pytest.approx(0, abs=1e-9)
 
 
 def test_failures_in_a_row_open_the_circuit_and_one_success_closes_it():
     spending = limits()
     for _ in range(FAILURES_IN_A_ROW - 1):
-        spending.end(0.0, 0.0, failed=True)
-    spending.end(0.0, 0.0, failed=False)
+        spending.end(0.0, 0.0, failure="status 500")
+    spending.end(0.0, 0.0, failure="")
     for _ in range(FAILURES_IN_A_ROW):
         spending.begin(0.0)
-        spending.end(0.0, 0.0, failed=True)
-    with pytest.raises(Stopped, match=f"{FAILURES_IN_A_ROW} requests to the judge failed in a row"):
+        spending.end(0.0, 0.0, failure="status 500")
+    with pytest.raises(Stopped, match=f"{FAILURES_IN_A_ROW} requests failed in a row, the last with status 500"):
         spending.begin(0.0)

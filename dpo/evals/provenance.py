@@ -56,3 +56,8 @@ def of_answers(template: ChatTemplate, sampling: Sampling, max_new_tokens: int, 
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
         "min_p": sampling.min_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
+
+
+def model_id(cfg: DictConfig) -> str:
+    """What files of answers call the policy: model_id, or the name of its adapter's or its model's directory."""
+    return cfg.model_id or Path(cfg.adapter_name_or_path or cfg.model_name_or_path).name

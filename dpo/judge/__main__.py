@@ -19,8 +19,10 @@ from dpo.config import JudgeKeys, check_values
 from dpo.digests import write_beside
 from dpo.judge.build import build_judge
 from dpo.judge.card import card, remarks, show
+from dpo.judge.endpoint import EndpointJudge
 from dpo.judge.human import read_labels
 from dpo.judge.label import Row, check_output, read_pairs, write_rows
+from dpo.judge.prompt import judge_messages
 from dpo.judge.verdict import Judge, Judged, Pair, Verdict, count_outcomes
 from models.command import CONF, one_line_errors, prepare_command_line, refuse_unset, while_read
 
@@ -39,12 +41,15 @@ class JudgeConfig(JudgeKeys):
     soft_labels: bool = MISSING
     card: bool = MISSING
     card_labels: str | None = MISSING
+    dry_run: bool = MISSING
     per_device_eval_batch_size: int = MISSING
     bf16: bool = MISSING
     fp16: bool = MISSING
     device: str = MISSING
 
 
+# English text comes to about this.
+BYTES_PER_TOKEN = 4
 ConfigStore.instance().store(name="judge_schema", node=JudgeConfig)
 
 
@@ -65,6 +70,9 @@ def run(cfg: DictConfig) -> list[Judged]:
     rows, bad = read_pairs(cfg)
     if bad:
         print(f"{len(bad):,} rows cannot be used; the first: {bad[0]}")
+    if cfg.dry_run:
+        print(_estimate(cfg, rows))
+        return []
     judge = build_judge(cfg)
     judged = ask(judge, [row.pair for row in rows])
     if output:
@@ -107,7 +115,22 @@ def _told(judge: Judge, judged: Sequence[Judged], counts: Counter[Verdict]) -> l
     if orders:
         outcomes = ", ".join(f"{n} {name}" for name, n in count_outcomes(judged).items() if n)
         lines.append(f"answers: {outcomes}; {sum(order.cached for order in orders)} of {len(orders)} were kept before")
+    if isinstance(judge, EndpointJudge):
+        lines.append(f"this start: {judge.limits.requests} requests, cost {judge.limits.cost:.4g} at the prices given")
     return lines
+
+
+def _estimate(cfg: DictConfig, rows: Sequence[Row]) -> str:
+    """What asking about all pairs comes to, without asking."""
+    questions = [
+        judge_messages(row.pair, first_is_a=order, seed=cfg.judge_seed) for row in rows for order in (True, False)
+    ]
+    tokens = sum(len(message["content"].encode()) for messages in questions for message in messages) // BYTES_PER_TOKEN
+    cost = (cfg.judge_price_prompt or 0.0) * tokens / 1e6 + (cfg.judge_price_completion or 0.0) * len(questions) / 1e6
+    return (
+        f"{len(rows):,} pairs, {len(questions):,} questions, about {tokens:,} tokens, at {BYTES_PER_TOKEN} bytes "
+        f"a token; cost about {cost:.4g} at the prices given, less what judge_cache holds"
+    )
 
 
 def _card(

@@ -69,6 +69,16 @@ def _digest(directory: Path) -> str:
     return whole.hexdigest()
 
 
+def build_endpoint(cfg: DictConfig) -> EndpointJudge:
+    """The endpoint of a task that asks in words of its own; ValueError where cfg.judge names another judge."""
+    if cfg.judge != "openai":
+        raise ValueError(
+            f"judge={cfg.judge}: task={cfg.task} asks in its own words; pass judge=openai, or leave it out"
+        )
+    check_judge(cfg)
+    return _build_endpoint(cfg)
+
+
 def _build_endpoint(cfg: DictConfig) -> EndpointJudge:
     limits = Limits(
         max_requests=cfg.judge_max_requests, max_cost=cfg.judge_max_cost,

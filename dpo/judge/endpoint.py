@@ -11,11 +11,12 @@ Whether it does is asked once, by one request. No failure ever becomes a verdict
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dpo.judge.prompt import PROMPT_SHA256, ask_again, is_refusal, judge_messages, read_letter
@@ -34,6 +35,24 @@ REASONING: dict[str, Any] = {"max_completion_tokens": 4096}
 PROBE: list[Message] = [{"role": "user", "content": "Reply with the single letter A."}]
 # Requests for one question last at most this many times one request's time limit.
 DEADLINE = 10
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the endpoint said to a conversation that is no pair."""
+
+    text: str
+    logps: dict[str, float] | None
+    """of the likeliest first tokens, where they were asked for and can be read."""
+    outcome: str
+    """one of dpo.judge.verdict.OUTCOMES: the text is to be read after ok and reasked alone."""
+    reason: str = ""
+
+    @property
+    def answered(self) -> bool:
+        return self.outcome in ("ok", "reasked")
 
 
 class Refused(Exception):
@@ -66,6 +85,8 @@ class EndpointJudge:
             raise ValueError("judge=openai: OPENAI_API_KEY is not set; export it, or name another judge_base_url")
         self.errors = openai
         self.key = (api_key or "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds a character that no key has; export the key alone")
         self.client = openai.OpenAI(
             api_key=self.key or "none", base_url=base_url or OPENAI, max_retries=0, timeout=timeout
         )
@@ -79,27 +100,54 @@ class EndpointJudge:
 
     def __call__(self, pairs: Sequence[Pair], on_done: OnDone = ignore) -> list[Judged]:
         """Raises ValueError where the run has to stop; started again, it asks only what was not answered."""
-        results: dict[int, Judged] = {}
+        return self._each(pairs, self._judge, on_done, "pairs", first=self._set_settings)
+
+    def chat(
+        self, conversations: Sequence[Sequence[Message]], settings: Mapping[str, Any],
+        on_done: Callable[[int, Reply], None] = lambda i, reply: None,
+    ) -> list[Reply]:  # fmt: skip
+        """A reply to each conversation, asked with these settings, for protocols with prompts of their own.
+
+        on_done hears of each with its place. What has no text, or log-probabilities that the settings ask for and that
+        cannot be read, is asked for once more. Raises as __call__ does.
+        """
+        places = range(len(conversations))
+        return self._each(places, lambda i: self._reply(conversations[i], settings), on_done, "questions")
+
+    def require_logprobs(self) -> None:
+        """ValueError where the endpoint gives no log-probabilities: asked once, and kept."""
+        self.logprobs = True
+        self._each([None], lambda _: self._set_settings(), lambda *_: None, "probes")
+
+    def _each(
+        self, items: Sequence[Item], work: Callable[[Item], Made], on_done: Callable[[Item, Made], None], what: str,
+        first: Callable[[], None] = lambda: None,
+    ) -> list[Made]:  # fmt: skip
+        """What work makes of each item, `concurrency` at a time; first: done before them."""
+        results: dict[int, Made] = {}
         self.stopping.clear()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge") as pool:
             try:
-                self.settings = self.settings or self._choose_settings()
-                futures = {pool.submit(self._judge, pair): i for i, pair in enumerate(pairs)}
+                first()
+                futures = {pool.submit(work, item): i for i, item in enumerate(items)}
                 for future in as_completed(futures):
                     i = futures.pop(future)
                     results[i] = future.result()
-                    on_done(pairs[i], results[i])
+                    on_done(items[i], results[i])
             except BaseException as error:
                 # What is in flight is paid for: it is waited for and kept.
                 self.stopping.set()
                 pool.shutdown(cancel_futures=True)
                 if isinstance(error, Stopped):
                     raise ValueError(
-                        f"{self.name}: {error}, after {len(results)} of {len(pairs)} pairs; "
+                        f"{self.name}: {error}, after {len(results)} of {len(items)} {what}; "
                         f"{self._way_on()}, and what was answered is not asked again"
                     ) from None
                 raise
-        return [results[i] for i in range(len(pairs))]
+        return [results[i] for i in range(len(items))]
+
+    def _set_settings(self) -> None:
+        self.settings = self.settings or self._choose_settings()
 
     def _way_on(self) -> str:
         return "start again" if self.store.path else "set judge_cache, start again"
@@ -159,9 +207,37 @@ class EndpointJudge:
             if letter and not (isinstance(p_a, float) and math.isnan(p_a)):
                 # A letter is the likeliest token; the sum over its variants may say otherwise, and counts.
                 letter = letter if p_a is None or p_a == 0.5 else "A" if p_a > 0.5 else "B"
-                return exchange | {"outcome": outcome, "letter": letter, "p_a": p_a}
+                return exchange | {"outcome": outcome, "letter": letter, "p_a": p_a, "reason": ""}
             exchange["reason"] = f"no letter in {answer.text!r:.60}" if answer.text is not None else answer.problem
             question = ask_again(messages, answer.text or "")
+        return exchange
+
+    # --- one conversation ---
+
+    def _reply(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> Reply:
+        key = key_of(
+            kind="openai chat", model=self.model, host=self.host, messages=list(messages), settings=dict(settings)
+        )
+        exchange, _ = self.store.once(key, lambda: self._converse(messages, settings))
+        return Reply(exchange["text"], exchange["logps"], exchange["outcome"], exchange["reason"])
+
+    def _converse(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> Exchange:
+        exchange: Exchange = {"text": "", "logps": None, "outcome": "malformed", "reason": "", "responses": []}
+        for outcome in ("ok", "reasked"):
+            try:
+                body, _ = self._send(messages, settings)
+            except GaveUp as error:
+                return exchange | {"outcome": "http_error", "reason": str(error)}
+            except Refused as error:
+                return exchange | {"outcome": "refused" if error.filtered else "http_error", "reason": str(error)}
+            exchange["responses"].append(body)
+            answer = Answer(body)
+            logps = answer.first_logps() if settings.get("logprobs") else None
+            if answer.refused:
+                return exchange | {"outcome": "refused", "reason": f"the judge refused: {answer.text or ''!r:.60}"}
+            if answer.text and (logps or not settings.get("logprobs")):
+                return exchange | {"outcome": outcome, "text": answer.text, "logps": logps, "reason": ""}
+            exchange["reason"] = "the answer has no log-probabilities" if answer.text else answer.problem
         return exchange
 
     # --- one request ---
@@ -175,20 +251,20 @@ class EndpointJudge:
 
         def send() -> str:
             self.limits.begin(bound)
-            cost, failed = 0.0, True
+            cost, failure = 0.0, ""
             try:
                 body = self._request(messages, settings)
                 usage = _usage(body)
-                cost, failed = (self.limits.cost_of(*usage) if usage else bound), False
+                cost = self.limits.cost_of(*usage) if usage else bound
                 return body
             except Temporary as error:
-                cost = 0.0 if error.answered else bound
+                cost, failure = (0.0 if error.answered else bound), str(error)
                 raise
             except Refused as error:
-                failed = not error.filtered
+                failure = "" if error.filtered else str(error)
                 raise
             finally:
-                self.limits.end(bound, cost, failed)
+                self.limits.end(bound, cost, failure)
 
         return self.backoff(send)
 
@@ -207,12 +283,13 @@ class EndpointJudge:
             raise Refused(reason, status, filtered="content_filter" in body) from None
         except self.errors.APITimeoutError:
             raise Temporary("no answer within judge_timeout", answered=False) from None
-        except (self.errors.APIError, UnicodeError, OSError) as error:  # connections that fail, bodies that break off
+        except (self.errors.APIError, OSError) as error:  # connections that fail, bodies that break off
             raise Temporary(self._hide(f"{type(error).__name__}: {error}"), answered=False) from None
 
     def _hide(self, text: str) -> str:
         """A text of the endpoint's without the key, which a proxy may well repeat."""
-        return text.replace(self.key, "***") if self.key else text
+        # A word so short is no secret, and may well stand in an answer.
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
     # --- how it is asked ---
 
@@ -266,9 +343,11 @@ class Answer:
             choice = json.loads(body)["choices"][0]
             message = choice["message"]
             self.refused = choice.get("finish_reason") == "content_filter" or bool(message.get("refusal"))
-            self.text = message.get("content") if isinstance(message.get("content"), str) else None
-            content = (choice.get("logprobs") or {}).get("content")
-            self.positions = content if isinstance(content, list) else []
+            content = message.get("content")
+            # Half a surrogate pair can stand in JSON and in no request.
+            self.text = content.encode("utf-8", "replace").decode() if isinstance(content, str) else None
+            positions = (choice.get("logprobs") or {}).get("content")
+            self.positions = positions if isinstance(positions, list) else []
         except (ValueError, RecursionError):
             self.problem = f"the answer is no JSON: {body!r:.60}"
         except (LookupError, TypeError, AttributeError):
@@ -287,6 +366,15 @@ class Answer:
         if not mass:
             return None  # what is above 0, or no number, is no log-probability
         return mass["A"] / (mass["A"] + mass["B"]) if mass["A"] + mass["B"] > 0 else math.nan
+
+    def first_logps(self) -> dict[str, float] | None:
+        """Log-probabilities of the likeliest first tokens; None where they are missing or cannot be ones."""
+        try:
+            # A token that stands there twice counts once.
+            logps = {str(top["token"]): float(top["logprob"]) for top in self.positions[0]["top_logprobs"]}
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
+        return logps if logps and all(-math.inf < logp <= 0.01 for logp in logps.values()) else None
 
 
 def _usage(body: str) -> tuple[int, int] | None:

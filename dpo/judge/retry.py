@@ -74,7 +74,8 @@ class Limits:
     ):  # fmt: skip
         self.max_requests, self.max_cost = max_requests, max_cost
         self.prices = (price_prompt / 1e6, price_completion / 1e6)
-        self.requests, self.cost, self.reserved, self.failures = 0, 0.0, 0.0, 0
+        self.requests, self.cost, self.reserved = 0, 0.0, 0.0
+        self.failures: list[str] = []
         self.lock = threading.Lock()
 
     def cost_of(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -83,8 +84,8 @@ class Limits:
     def begin(self, bound: float) -> None:
         """Before a request that costs at most `bound`; Stopped where that may not be."""
         with self.lock:
-            if self.failures >= FAILURES_IN_A_ROW:
-                raise Stopped(f"{self.failures} requests to the judge failed in a row")
+            if len(self.failures) >= FAILURES_IN_A_ROW:
+                raise Stopped(f"{len(self.failures)} requests failed in a row, the last with {self.failures[-1]}")
             if self.max_requests is not None and self.requests >= self.max_requests:
                 raise Stopped(f"judge_max_requests={self.max_requests} is reached")
             if self.max_cost is not None and self.cost + self.reserved + bound > self.max_cost:
@@ -92,8 +93,9 @@ class Limits:
             self.requests += 1
             self.reserved += bound
 
-    def end(self, bound: float, cost: float, failed: bool) -> None:
+    def end(self, bound: float, cost: float, failure: str) -> None:
+        """After it; failure: why it failed, "" where it did not."""
         with self.lock:
             self.reserved -= bound
             self.cost += cost
-            self.failures = self.failures + 1 if failed else 0
+            self.failures = [*self.failures, failure] if failure else []
