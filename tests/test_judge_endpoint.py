@@ -293,7 +293,7 @@ def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
 
 @pytest.mark.slow
 def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
-    cache, n = tmp_path / "cache", int(os.environ.get("DPO_CHAOS", "1000"))
+    cache, n = tmp_path / "cache", int(os.environ.get("DPO_CHAOS", "200"))
     start = time.monotonic()
     with serving(faulty(5, 0.4, FAULTS), delay=0.002) as server:
         for kill in range(1, 4):
