@@ -73,6 +73,11 @@ def _content(body: dict, text: object, finish_reason: str = "stop") -> dict:
     return body
 
 
+def _refusing(body: dict) -> dict:
+    body["choices"][0]["message"]["refusal"] = "No."
+    return body
+
+
 def _tops(body: dict, *tops: tuple[object, object]) -> dict:
     if body["choices"][0]["logprobs"]:
         place = body["choices"][0]["logprobs"]["content"][0]
@@ -95,6 +100,7 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
     "too_long": lambda body, right: _content(body, "The better response, all things", "length"),
     "filtered": lambda body, right: _content(body, wrong(right), "content_filter"),
     "refusal": lambda body, right: _content(body, "I'm sorry, but I can't compare these."),
+    "refusal_field": lambda body, right: _refusing(body),
     "no_letter_in_tops": lambda body, right: _tops(body, ("The", -0.1), ("x", -2.0)),
     # Harmless ones: the verdict is still there.
     "no_logprobs": lambda body, right: _content(body, right),

@@ -36,6 +36,14 @@ def test_numbers_by_hand():
     assert numbers["position_bias"] == pytest.approx((0.9 + 0.3 + 0.8 + 0.6) / 4 - 0.5)
     assert numbers["p_longer"] == 0.5 and "p_longer_equal" not in numbers
     assert numbers["agreement"] == pytest.approx(2 / 3) and numbers["agreement_decided"] == 0.5
+    assert numbers["agreement_p"] == 1.0  # of the first pair; the third's label is a tie
+
+
+def test_mean_p_cancels_a_position_bias():
+    """It says A to everything, and a little louder where the first stands there."""
+    answers = [judged(FIRST, SECOND, 0.9, 0.2), judged(FIRST, SECOND, 0.8, 0.1), judged(FIRST, SECOND, 0.8, 0.2)]
+    numbers = card([pair(i) for i in range(3)], answers, [FIRST, FIRST, FIRST], seed=0)
+    assert numbers["agreement"] == 0 and numbers["agreement_p"] == 0.5  # of two: the third's p is 0.5
 
 
 def test_length_bias_is_counted_where_lengths_differ():

@@ -101,7 +101,7 @@ def test_a_body_that_is_broken_for_good_is_no_verdict_and_a_harmless_one_the_rig
         judged = judge_of(server, logprobs=logprobs)([pair(i, 9, 2) for i in range(len(BODIES))])
     for fault, one in zip(BODIES, judged, strict=True):
         harmless = fault in HARMLESS or (fault == "no_letter_in_tops" and not logprobs)
-        refused = fault in ("filtered", "refusal")
+        refused = fault in ("filtered", "refusal", "refusal_field")
         assert one.verdict is (Verdict.FIRST if harmless else Verdict.INVALID), fault
         assert {order.outcome for order in one.orders} == {"ok" if harmless else "refused" if refused else "malformed"}
         # A broken answer is asked again once, a refusal is not.
@@ -293,7 +293,7 @@ def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
 
 @pytest.mark.slow
 def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
-    cache, n = tmp_path / "cache", int(os.environ.get("DPO_CHAOS", "1000"))
+    cache, n = tmp_path / "cache", int(os.environ.get("DPO_CHAOS", "200"))
     start = time.monotonic()
     with serving(faulty(5, 0.4, FAULTS), delay=0.002) as server:
         for kill in range(1, 4):

@@ -115,6 +115,15 @@ def test_cost_never_passes_the_limit_as_long_as_bounds_are_bounds(requests):
     assert spending.cost <= 10.0 + 1e-9 and spending.reserved == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_in_flight_counts_with_its_bound():
+    spending = limits(max_cost=10.0)
+    spending.begin(6.0)
+    with pytest.raises(Stopped, match="judge_max_cost=10 would be passed, with 0 spent"):
+        spending.begin(6.0)
+    spending.end(6.0, 1.0, failure="")
+    spending.begin(6.0)
+
+
 def test_failures_in_a_row_open_the_circuit_and_one_success_closes_it():
     spending = limits()
     for _ in range(FAILURES_IN_A_ROW - 1):

@@ -7,6 +7,7 @@ p_longer           share of decided pairs that the longer response (in character
 p_longer_equal     the same of pairs that the labels call equal, where length should not count
 ties, invalid      shares of all pairs
 agreement          share of valid pairs with a label that have its verdict; agreement_decided: of those without ties
+agreement_p        share of labelled pairs whose mean p is on the label's side, which a position bias cancels out of
 kappa              agreement beyond chance, (p_o - p_e) / (1 - p_e) (Cohen 1960)
 
 A number that nothing can be said of is left out. Which response of a pair counts as the first is drawn for the kappa
@@ -48,6 +49,13 @@ def card(
         "invalid": _share([one.verdict is Verdict.INVALID for _, one, _ in rows]),
         "agreement": _share([verdict is label for verdict, label in oriented]),
         "agreement_decided": _share([verdict is label for verdict, label in both_decided]),
+        "agreement_p": _share(
+            [
+                (one.p > 0.5) == (label is Verdict.FIRST)
+                for _, one, label in known
+                if label in DECIDED and one.p is not None and one.p != 0.5
+            ]
+        ),
         "kappa": cohen_kappa(oriented),
     }
     return {"n": len(rows)} | {name: value for name, value in numbers.items() if value is not None}
