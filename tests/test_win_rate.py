@@ -123,7 +123,7 @@ def test_slices_add_up_and_name_source_and_lengths():
     prompts = [prompt("1", "a", "x"), prompt("2", "bb", "x"), prompt("3", "ccc", "y")]
     after, before = [answer("long"), answer("s"), answer("same")], [answer("l"), answer("short"), answer("like")]
     rows = [{"verdict": v, "p": None, "orders": [], "reason": ""} for v in ("FIRST", "SECOND", "TIE")]
-    result = count(prompts, before, after, rows, resamples=2000, seed=0, max_invalid=0)
+    result = count(prompts, before, after, rows, resamples=100, seed=0, max_invalid=0)
     table = {row["slice"]: row for row in result.tables["by slice"]}
     assert table["source x"]["n"] == 2 and table["source y"]["ties"] == 1
     assert table["after is longer"]["win_rate"] == 1 and table["after is shorter"]["win_rate"] == 0
