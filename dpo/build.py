@@ -297,13 +297,36 @@ def build_finished_policy(cfg: DictConfig, device: torch.device) -> Transformer:
 
 def build_finished_reference(cfg: DictConfig, policy: Transformer, rows: Sequence[Encoded]) -> tuple[Reference, str]:
     """The reference of an evaluation: the one that is named, else the policy's base model."""
-    build: Callable[[], LiveReference] = partial(base_reference, policy)
-    description = "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
-    another_model = _is_another_model(cfg)
-    if another_model:
-        build, description = partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
+    build, description = _finished_reference(cfg, policy)
     adapter = cfg.ref_model_adapters
-    return _through_cache(cfg, policy, rows, build, adapter=adapter, loads_model=another_model), description
+    return _through_cache(cfg, policy, rows, build, adapter=adapter, loads_model=_is_another_model(cfg)), description
+
+
+def build_live_reference(cfg: DictConfig, policy: Transformer) -> tuple[LiveReference, str]:
+    """The same with its model in memory, for what a cache of log-probabilities cannot tell: its own answers."""
+    build, description = _finished_reference(cfg, policy)
+    return build(), description
+
+
+def check_reference(cfg: DictConfig) -> None:
+    """ValueError where the reference of an evaluation would be the policy itself."""
+    if not has_reference(cfg):
+        raise ValueError(
+            f"model_name_or_path={cfg.model_name_or_path}: nothing to compare it with; name run, adapter_name_or_path "
+            "or ref_model"
+        )
+
+
+def has_reference(cfg: DictConfig) -> bool:
+    """Whether an evaluation has a reference that is not the policy itself."""
+    return bool(cfg.adapter_name_or_path) or _is_another_model(cfg)
+
+
+def _finished_reference(cfg: DictConfig, policy: Transformer) -> tuple[Callable[[], LiveReference], str]:
+    if _is_another_model(cfg):
+        return partial(_frozen_copy, cfg, policy), _describe_frozen_copy(cfg)
+    description = "the base model, adapter off" if cfg.adapter_name_or_path else "the model itself"
+    return partial(base_reference, policy), description
 
 
 def predict_memory(cfg: DictConfig, policy: Transformer, rows: Rows, free: int | None) -> Forecast:

@@ -70,6 +70,27 @@ class SharedConfig:
 
 
 @dataclass
+class JudgeKeys:
+    """The keys of a judge, which eval.py and dpo.judge share; see conf/judge.yaml."""
+
+    judge: str | None = MISSING
+    judge_model: str | None = MISSING
+    judge_template: str = MISSING
+    judge_base_url: str | None = MISSING
+    judge_labels: str | None = MISSING
+    judge_cache: str | None = MISSING
+    judge_concurrency: int = MISSING
+    judge_max_requests: int | None = MISSING
+    judge_max_cost: float | None = MISSING
+    judge_price_prompt: float | None = MISSING
+    judge_price_completion: float | None = MISSING
+    judge_timeout: float = MISSING
+    judge_logprobs: Any = MISSING
+    judge_seed: int = MISSING
+    max_invalid: float = MISSING
+
+
+@dataclass
 class TrainConfig(SharedConfig):
     """Every key of train.py; see conf/config.yaml for what each means."""
 
@@ -130,15 +151,56 @@ class TrainConfig(SharedConfig):
 
 
 @dataclass
-class EvalConfig(SharedConfig):
+class EvalConfig(JudgeKeys, SharedConfig):  # the shared keys first
     """Every key of eval.py; see conf/eval.yaml."""
 
-    STANDS_FOR: ClassVar = {"run": lambda run: saved_keys(run, wanted=[f.name for f in fields(EvalConfig)])}
+    STANDS_FOR: ClassVar = {
+        # Not where the run was written, nor how it answered while it trained.
+        "run": lambda run: saved_keys(run, wanted=["eval_dataset", *(f.name for f in fields(SharedConfig))])
+    }
 
     task: str = MISSING
     run: str | None = MISSING
+    runs: list[str] = MISSING
     eval_dataset: Any = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    min_p: float = MISSING
+    max_new_tokens: int = MISSING
+    seed: int = MISSING
+    resamples: int = MISSING
+    truthfulqa_dir: str = MISSING
+    safetybench_dir: str = MISSING
+    safetybench_set: str = MISSING
+    safetybench_shots: int = MISSING
+    perplexity_file: str | None = MISSING
+    perplexity_stride: int | None = MISSING
+    max_tokens_per_batch: int = MISSING
+    model_id: str | None = MISSING
+    alpaca_eval_dir: str = MISSING
+    alpaca_eval_prompt: str | None = MISSING
+    alpaca_eval_annotations: str | None = MISSING
+    mt_bench_dir: str = MISSING
+    mt_bench_baseline: str | None = MISSING
+    output_dir: str = MISSING
     output_file: str | None = MISSING
+
+
+# What eval.py can do, each in the file of dpo/evals/ that has its name, and the keys that it cannot do without.
+TASKS: dict[str, tuple[str, ...]] = {
+    "preference": ("model_name_or_path", "eval_dataset"),
+    "win_rate": ("model_name_or_path", "eval_dataset"),
+    "generation": ("model_name_or_path", "eval_dataset"),
+    "kl": ("model_name_or_path", "eval_dataset"),
+    "world": ("model_name_or_path",),
+    "truthfulqa": ("model_name_or_path",),
+    "safetybench": ("model_name_or_path",),
+    "perplexity": ("model_name_or_path", "perplexity_file"),
+    "alpaca_eval": (),
+    "mt_bench": ("model_name_or_path",),
+    "compare": ("runs",),
+}
 
 
 def _one_of(*choices: str) -> tuple[Any, str]:
@@ -164,7 +226,12 @@ TERM_KEYS = (
     "dr_dpo_beta", "beta_dpo_alpha", "use_weighting",
 )  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
-    "task": _one_of("preference"),
+    "task": _one_of(*TASKS),
+    "resamples": ((lambda value: value >= 2000), "must be at least 2000, or the interval would hang on the draw"),
+    "safetybench_set": _one_of("en", "zh", "zh_subset", "dev_en", "dev_zh"),
+    "safetybench_shots": ((lambda value: 0 <= value <= 5), "must be between 0 and 5"),
+    "perplexity_stride": AT_LEAST_1,
+    "max_tokens_per_batch": AT_LEAST_1,
     "stage": _one_of("dpo", "kto", "sft"),
     "finetuning_type": _one_of("lora", "full"),
     "template": _one_of("auto", *TEMPLATES),
@@ -223,6 +290,17 @@ RULES: dict[str, tuple[Any, str]] = {
     "early_stopping_steps": AT_LEAST_1,
     "num_samples": NOT_NEGATIVE,
     "max_new_tokens": AT_LEAST_1,
+    "judge": _one_of("gold", "model", "openai", "human"),
+    "judge_template": _one_of("auto", *TEMPLATES),
+    "judge_concurrency": AT_LEAST_1,
+    "judge_max_requests": AT_LEAST_1,
+    "judge_max_cost": POSITIVE,
+    "judge_price_prompt": NOT_NEGATIVE,
+    "judge_price_completion": NOT_NEGATIVE,
+    "judge_timeout": POSITIVE,
+    "judge_logprobs": ((lambda value: value in ("auto", True, False)), "expected auto, true or false"),
+    "judge_seed": ((lambda value: 0 <= value < 2**32), "must be at least 0 and below 2^32"),
+    "max_invalid": SHARE,
 }
 # How a reference moves, and where each key is when nothing is said.
 MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
@@ -230,7 +308,7 @@ MOVES = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 def check(cfg: DictConfig) -> list[str]:
     """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
-    refuse_unset(cfg, model_name_or_path=" (or model=NAME)")
+    refuse_unset(cfg, needed=_needed(cfg), model_name_or_path=" (or model=NAME)")
     check_values(cfg)
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
@@ -255,12 +333,20 @@ def check(cfg: DictConfig) -> list[str]:
     return warnings + (_check_training(cfg) if "stage" in cfg else [])
 
 
+def _needed(cfg: DictConfig) -> Sequence[str] | None:
+    """The keys that an evaluation cannot do without; None of a training run: all that have no value of their own."""
+    if "task" not in cfg:
+        return None
+    if cfg.task not in TASKS:
+        raise ValueError(f"task={cfg.task}: {RULES['task'][1]}")
+    return TASKS[cfg.task]
+
+
 def check_values(cfg: DictConfig, more: Mapping[str, tuple[Any, str]] = MappingProxyType({})) -> None:
     """ValueError for a value out of its key's range; `more` are the rules of keys that another command has."""
     rules = RULES | dict(more)
     for key in map(str, cfg):
-        value = cfg[key]
-        if key in rules and value is not None:
+        if key in rules and (value := cfg[key]) is not None:
             holds, rule = rules[key]
             if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
                 raise ValueError(f"{key}={value}: {rule}")

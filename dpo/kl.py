@@ -9,13 +9,15 @@ that others wrote, such as the chosen responses of a dataset, is no KL.
 Shapes: R response tokens, C of them in a chunk, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dpo.fused import CHUNK_ELEMENTS
-from dpo.logprobs import next_token_logps, predictors
+from dpo.logprobs import next_token_logps, predictors, sum_over_responses
 from dpo.reference import LiveReference
-from models.stream import Stream
+from models.stream import Stream, pack
 from models.transformer import Transformer
 
 
@@ -46,3 +48,17 @@ def kl_and_entropy(policy: Transformer, reference: LiveReference | None, stream:
         entropy.append(-(p_CV * logps_CV).sum(-1))
     kl_R = torch.cat(kl)
     return kl_R if reference is not None else torch.full_like(kl_R, torch.nan), torch.cat(entropy)
+
+
+def kl_and_entropy_of_texts(
+    policy: Transformer, reference: LiveReference | None, prompts: Sequence[list[int]], texts: Sequence[list[int]],
+    batch_size: int,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Sums over the tokens of each text, nats."""
+    sums: list[list[float]] = [[], []]
+    for i in range(0, len(prompts), batch_size):
+        part = slice(i, i + batch_size)
+        stream = pack(prompts[part], [[ids] for ids in texts[part]]).to(policy.device)
+        for column, value_R in zip(sums, kl_and_entropy(policy, reference, stream), strict=True):
+            column += sum_over_responses(value_R, stream.lengths_B).tolist()
+    return sums[0], sums[1]

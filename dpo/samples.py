@@ -14,20 +14,17 @@ not the draw. samples.jsonl holds the texts.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from dpo.kl import kl_and_entropy
-from dpo.logprobs import sum_over_responses
+from dpo.kl import kl_and_entropy_of_texts
 from dpo.reference import LiveReference
 from dpo.step_log import StepLog
 from dpo.tokens import Encoded
 from models.command import printable
 from models.generate import Completion, generate
 from models.sampling import DRAWN
-from models.stream import pack
 from models.template import ChatTemplate
 from models.transformer import Transformer
 
@@ -58,7 +55,7 @@ class Samples:
             sampling=DRAWN, seeds=range(self.seed, self.seed + len(prompts)), batch_size=BATCH_SIZE,
         )  # fmt: skip
         texts = [with_end(answer, self.template.stop_ids) for answer in answers]
-        kl, entropy = self._kl_and_entropy(policy, prompts, texts)
+        kl, entropy = kl_and_entropy_of_texts(policy, self.reference, prompts, texts, BATCH_SIZE)
         self.log.append(
             {
                 "step": step, "prompt": prompt_of(row),
@@ -73,23 +70,11 @@ class Samples:
             "length_se": standard_error(lengths),
             "clipped_ratio": mean([answer.finish_reason == "length" for answer in answers]),
             "rep_4": mean([repeated(ids, 4) for ids in texts]),
-            "distinct_2": distinct_pairs(texts),
+            "distinct_2": distinct(texts, 2),
             "entropy": sum(entropy) / sum(lengths),
             "kl": mean(kl),
         }
         return {f"eval_completions/{name}": value for name, value in metrics.items() if not math.isnan(value)}
-
-    def _kl_and_entropy(
-        self, policy: Transformer, prompts: Sequence[list[int]], texts: Sequence[list[int]]
-    ) -> tuple[list[float], list[float]]:
-        """Sums over the tokens of each text, nats."""
-        sums: list[list[float]] = [[], []]
-        for i in range(0, len(prompts), BATCH_SIZE):
-            part = slice(i, i + BATCH_SIZE)
-            stream = pack(prompts[part], [[ids] for ids in texts[part]]).to(policy.device)
-            for column, value_R in zip(sums, kl_and_entropy(policy, self.reference, stream), strict=True):
-                column += sum_over_responses(value_R, stream.lengths_B).tolist()
-        return sums[0], sums[1]
 
     def print_before_and_after(self, after: int) -> None:
         """The first answers before the first update and after update `after`, as they were logged."""
@@ -123,10 +108,10 @@ def repeated(ids: Sequence[int], n: int) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct_pairs(texts: Sequence[Sequence[int]]) -> float:
-    """Distinct pairs of neighbours by all (Li et al. 2016, arXiv:1510.03055, distinct-2); NaN without one."""
-    pairs = [pair for ids in texts for pair in pairwise(ids)]
-    return len(set(pairs)) / len(pairs) if pairs else math.nan
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams by all (Li et al. 2016, arXiv:1510.03055, distinct-n); NaN without one."""
+    grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -153,10 +153,13 @@ def expand_arguments(argv: list[str], schema: type) -> tuple[list[str], list[str
     return flags + expanded, notes
 
 
-def refuse_unset(cfg: DictConfig, **other_ways: str) -> None:
-    """ValueError for a key that nobody gave a value. other_ways: how else a key can be given one, by its name."""
-    for key in map(str, cfg):
-        if OmegaConf.is_missing(cfg, key):
+def refuse_unset(cfg: DictConfig, needed: Sequence[str] | None = None, **other_ways: str) -> None:
+    """ValueError for a key that nobody gave a value. other_ways: how else a key can be given one, by its name.
+
+    needed: the keys that must have one other than null or nothing; None: all, and null is a value.
+    """
+    for key in map(str, cfg) if needed is None else needed:
+        if OmegaConf.is_missing(cfg, key) or (needed is not None and cfg[key] in (None, [])):
             raise ValueError(f"{key} is not set; pass {key}=...{other_ways.get(key, '')}")
 
 

@@ -14,6 +14,7 @@ from dpo import losses
 from dpo.config import EvalConfig, TrainConfig
 from dpo.doctor.__main__ import DoctorConfig, examine
 from dpo.formats import FORMATS, examples_of
+from dpo.judge.__main__ import JudgeConfig
 from dpo.show import ShowConfig, show
 from dpo.token_view import TokenViewConfig, view
 from models.chat import ChatConfig
@@ -26,12 +27,13 @@ COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.(data|doctor|tokens))", line)
+    if re.search(r"python (train\.py|eval\.py|-m models\.|-m dpo\.(data|doctor|judge|tokens))", line)
 ]
 ROOTS = {
     "train.py": ("config", TrainConfig),
     "eval.py": ("eval", EvalConfig),
     "dpo.doctor": ("doctor", DoctorConfig),
+    "dpo.judge": ("judge", JudgeConfig),
     "models.chat": ("chat", ChatConfig),
     "models.export": ("export", ExportConfig),
     "dpo.data": ("show", ShowConfig),

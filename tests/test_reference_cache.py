@@ -19,6 +19,7 @@ import dpo.reference_cache
 from dpo.build import WORLD, build_objective, build_policy, build_rows, build_template
 from dpo.checkpoint import trainable
 from dpo.config import EvalConfig, check
+from dpo.evals.preference import preference
 from dpo.formats import Example
 from dpo.logprobs import token_logps
 from dpo.metrics import TIMING_KEYS
@@ -27,7 +28,6 @@ from dpo.reference import base_reference
 from dpo.reference_cache import CachedReference, cached_reference, live_reference, reference_key
 from dpo.run import check_resume
 from dpo.tokens import Encoded
-from eval import preference
 from models.command import expand_arguments
 from models.config import parse_model_config
 from models.transformer import Transformer

@@ -12,13 +12,14 @@ from dpo.build import WORLD
 from dpo.evals.world_reward import response_probabilities
 from dpo.formats import Example
 from dpo.reference import base_reference, frozen_reference
-from dpo.samples import BATCH_SIZE, Samples, distinct_pairs, repeated, standard_error, with_end
+from dpo.samples import BATCH_SIZE, Samples, distinct, repeated, standard_error, with_end
 from dpo.step_log import StepLog
 from dpo.tokens import Encoded, encode
 from models.command import printable
 from models.config import parse_model_config, read_model_config
 from models.generate import Completion
 from models.lora import inject_lora, lora_layers
+from models.stream import pack
 from models.template import ChatTemplate
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -164,9 +165,9 @@ def test_repeated_is_the_share_of_ngrams_that_were_there_before(ids, n, share):
     assert repeated(ids, n) == pytest.approx(share)
 
 
-def test_distinct_pairs_are_counted_over_all_texts_and_never_across_two():
-    assert distinct_pairs([[1, 2], [1, 2], [2, 1]]) == pytest.approx(2 / 3)
-    assert math.isnan(distinct_pairs([[1], []]))
+def test_distinct_n_grams_are_counted_over_all_texts_and_never_across_two():
+    assert distinct([[1, 2], [1, 2], [2, 1]], 2) == pytest.approx(2 / 3)
+    assert math.isnan(distinct([[1], []], 2))
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -228,7 +229,7 @@ def test_the_policy_is_left_as_it_was(template, tmp_path, training):
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
     plain = moved(small_model())
     assert metrics == samples_of(template, tmp_path, reference=base_reference(plain))(plain, 1)
-    policy(samples_of(template, tmp_path).rows and dpo.samples.pack([[1, 2]], [[[3]]])).sum().backward()
+    policy(samples_of(template, tmp_path).rows and pack([[1, 2]], [[[3]]])).sum().backward()
     assert any(layer.lora_B.grad is not None for layer in lora_layers(policy).values())
 
 

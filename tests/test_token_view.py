@@ -12,7 +12,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-import eval as eval_entry
+import eval  # noqa: F401  (registers its schema)
+from dpo.build import build_eval_rows, build_template
+from dpo.evals.preference import preference
 from dpo.logprobs import gather_logps
 from dpo.token_view import Response, Row, TokenViewConfig, background, lines, most_moved, page, scale_of, view, viewed
 from models.command import CONF, expand_arguments
@@ -80,7 +82,7 @@ def test_each_log_ratio_is_the_definitions_on_a_row_of_its_own(run):
     cfg = config(f"run={path}")
     rows, about = viewed(cfg)
     assert about == f"3 of 3 held-out rows; policy: {path}; reference: the base model, adapter off; pref_beta=0.5"
-    encoded = eval_entry.build_eval_rows(cfg, eval_entry.build_template(cfg)).evaluation
+    encoded = build_eval_rows(cfg, build_template(cfg)).evaluation
     for row, its in zip(rows, encoded, strict=True):
         assert [response.name for response in row.responses] == ["chosen", "rejected"]
         for response, ids in zip(row.responses, its.response_ids, strict=True):
@@ -95,7 +97,7 @@ def test_each_log_ratio_is_the_definitions_on_a_row_of_its_own(run):
 def test_the_sums_that_are_shown_are_the_rewards_that_eval_reports(run, capsys):
     """Means over the rows; accuracy is the share that is ranked right."""
     cfg = config(f"run={run[0]}", "per_device_eval_batch_size=2")
-    metrics = eval_entry.preference(cfg)
+    metrics = preference(cfg)
     capsys.readouterr()
     view(cfg, colour=False)
     shown = capsys.readouterr().out
@@ -142,7 +144,7 @@ def test_log_ratios_of_a_real_row_equal_transformers_and_pefts(real, smollm2, tm
     given = [f"model_name_or_path={smollm2}", f"adapter_name_or_path={tmp_path}", "cutoff_len=256"]
     cfg = config(*given, f"eval_dataset={tmp_path / 'rows.json'}")
     (row,), _ = viewed(cfg)
-    (its,) = eval_entry.build_eval_rows(cfg, eval_entry.build_template(cfg)).evaluation
+    (its,) = build_eval_rows(cfg, build_template(cfg)).evaluation
     oracle = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), tmp_path)
 
     @torch.no_grad()

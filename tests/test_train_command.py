@@ -108,11 +108,14 @@ def test_a_sweep_has_a_directory_per_job_and_one_results_csv(tmp_path):
 def test_an_evaluation_of_a_saved_run_gives_its_own_last_evaluation(tmp_path):
     directory = tmp_path / "run"
     assert run("train.py", f"output_dir={directory}", *QUICK, "learning_rate=1e-2").returncode == 0
-    done = run("eval.py", f"run={directory}", "max_samples=8", f"output_file={tmp_path / 'out.json'}")
+    files = [f"output_dir={tmp_path / 'evaluation'}", f"output_file={tmp_path / 'out.json'}"]
+    done = run("eval.py", f"run={directory}", "max_samples=8", *files)
     assert done.returncode == 0, done.stderr
     expected = metrics(directory)[-1]
-    for name, value in json.loads((tmp_path / "out.json").read_text()).items():
-        if name != "eval_runtime":
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["accuracy"] == pytest.approx(expected["eval_rewards/accuracies"])
+    for name, value in found.items():
+        if name.startswith("eval_") and name != "eval_runtime":
             assert value == pytest.approx(expected[name], rel=1e-6), name
     assert abs(expected["eval_rewards/margins"]) > 0
 
@@ -180,7 +183,8 @@ def test_a_run_with_val_size_keeps_its_held_out_pairs_for_its_evaluation(tmp_pat
     done = run("train.py", *options, *QUICK, f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
-    done = run("eval.py", f"run={tmp_path}", f"output_file={tmp_path / 'out.json'}")
+    files = [f"output_dir={tmp_path / 'evaluation'}", f"output_file={tmp_path / 'out.json'}"]
+    done = run("eval.py", f"run={tmp_path}", *files)
     assert done.returncode == 0, done.stderr
     result, expected = json.loads((tmp_path / "out.json").read_text()), metrics(tmp_path)[-1]
     assert result["eval_rewards/margins"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-5) != 0

@@ -1,0 +1,114 @@
+"""Results: what an evaluation found, how it is shown and written, and what it was found with.
+
+    results.json      metrics, 95% intervals, counts, tables and provenance; keys are sorted, times stand under "time"
+    samples.jsonl     a line per item, each with its id
+    report.html       the same to read, answers side by side (dpo.evals.page)
+
+Two evaluations of the same model, data and seeds write the same bytes, but for "time". A number that cannot be had is
+left out: JSON has no NaN.
+"""
+
+import json
+import math
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from dpo.digests import write_beside
+from dpo.evals.page import page, table
+from models.command import printable
+from models.lora import ADAPTER_WEIGHTS
+from models.weights import weight_files
+
+RESULTS, SAMPLES, REPORT = "results.json", "samples.jsonl", "report.html"
+
+
+@dataclass
+class Result:
+    task: str
+    metrics: dict[str, float]
+    """never NaN: a number that cannot be had is left out."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95%, under the metric's name."""
+    counts: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, str | int | float | None] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """by slice."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """one per item, JSON values, each with a stable `id`."""
+    time: dict[str, str | float] = field(default_factory=dict)
+    """what differs from one evaluation to the next of the same."""
+    error: str = ""
+    """why the numbers are not to be trusted: written with them, and the command fails."""
+
+
+def write(result: Result, directory: Path, overrides: Mapping[str, str] | None = None) -> None:
+    """The three files; overrides: what the command line said, for the table of a sweep."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = {
+        "task": result.task, "metrics": result.metrics, "intervals": result.intervals, "counts": result.counts,
+        "provenance": result.provenance, "tables": result.tables, "time": result.time,
+        "overrides": dict(overrides or {}),
+    } | ({"error": result.error} if result.error else {})  # fmt: skip
+    lines = "".join(_json(sample) + "\n" for sample in result.samples)
+    write_beside(directory / SAMPLES, lines.encode())
+    write_beside(directory / REPORT, page(found, result.samples))
+    # Last: where it stands, the others do.
+    write_beside(directory / RESULTS, (_json(found, indent=2) + "\n").encode())
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
+
+
+def show(result: Result) -> Iterator[str]:
+    """The lines of a result for the terminal: metrics with their intervals, counts, and tables."""
+    for name, value in result.metrics.items():
+        low_high = result.intervals.get(name)
+        between = f"   95% interval {low_high[0]:.4f} to {low_high[1]:.4f}" if low_high else ""
+        yield f"{name:28s}{value:10.4f}{between}"
+    for name, count in result.counts.items():
+        yield f"{name:28s}{count:10d}"
+    for title, rows in result.tables.items():
+        yield f"\n{printable(title)}"
+        yield from table(rows)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The numbers that there are."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def file_sha256(*paths: Path) -> str:
+    """Of one file its SHA-256; of several that of theirs, one after the other."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else text_sha256(digests)
+
+
+def text_sha256(texts: Iterable[str]) -> str:
+    return sha256("\n".join(texts).encode()).hexdigest()
+
+
+def model_sha256(directory: Path) -> str:
+    """Of the weights' bytes: a model's or an adapter's."""
+    adapter = directory / ADAPTER_WEIGHTS
+    return file_sha256(adapter) if adapter.is_file() else file_sha256(*weight_files(directory))
+
+
+def git_commit() -> str | None:
+    """Of this code; with `+` where files differ from it, None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
