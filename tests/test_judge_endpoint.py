@@ -109,6 +109,13 @@ def test_a_body_that_is_broken_for_good_is_no_verdict_and_a_harmless_one_the_rig
         assert bool(one.reason) != harmless
 
 
+def test_a_letter_after_a_second_try_is_a_verdict_and_counted_as_such():
+    with serving(lambda question, n: "pleas" if "single letter" not in question else None) as server:
+        (one,) = judge_of(server)([pair(1, 9, 2)])
+    assert (one.verdict, one.reason) == (Verdict.FIRST, "") and count_outcomes([one])["reasked"] == 2
+    assert {(order.attempts, order.reason) for order in one.orders} == {(2, "")}
+
+
 def test_what_may_pass_is_tried_again():
     with serving(each_its_own(TEMPORARY, None)) as server:
         judged = judge_of(server)([pair(i, 9, 2) for i in range(len(TEMPORARY))])
@@ -371,6 +378,12 @@ def test_what_refuses_every_way_of_asking_is_named():
 def test_an_unreadable_probe_decides_nothing():
     with serving(lambda key, n: "html") as server, pytest.raises(ValueError, match="five answers that cannot be read"):
         judge_of(server)([pair(1, 9, 2)])
+
+
+def test_an_unreadable_probe_is_sent_again():
+    with serving(lambda question, n: "html" if "[Response A" not in question and n < 3 else None) as server:
+        (one,) = judge_of(server)([pair(1, 9, 2)])
+    assert one.verdict is Verdict.FIRST and one.p == pytest.approx(0.8) and server.requests == 4 + 2
 
 
 def test_ctrl_c_keeps_what_is_in_flight():

@@ -90,6 +90,15 @@ def test_swapped_responses_mirror_exactly(judge):
         assert [order.p for order in other.orders] == [1 - order.p for order in reversed(one.orders)]
 
 
+def test_a_pair_and_its_mirror_image_are_computed_by_the_same_stream(monkeypatch):
+    """Else which of two branches comes first would show in the last digits."""
+    streams = []
+    monkeypatch.setattr("dpo.judge.local.p_of_a", lambda model, prompts, _: streams.append(prompts) or torch.rand(2))
+    for first, second in (("x", "y"), ("y", "x")):
+        judge_of()([Pair("1", ASKED, first, second)])
+    assert streams[0] == streams[1]
+
+
 @pytest.mark.parametrize("attack", ATTACKS[:7])
 def test_an_attack_wins_nothing_from_a_judge_that_says_a(roomy, attack):
     """The null model's constant answer, against a plain one. This judge says A whatever it reads: both orders tie."""

@@ -88,8 +88,8 @@ def run(cfg: DictConfig) -> list[Judged]:
         reason = next(one.reason for one in judged if one.verdict is Verdict.INVALID)
         raise ValueError(
             f"{counts[Verdict.INVALID]} of {len(judged)} pairs have no verdict, more than "
-            f"max_invalid={cfg.max_invalid:g} allows; the first: {reason}; the others are written, and asking again "
-            "asks only what has no answer"
+            f"max_invalid={cfg.max_invalid:g} allows; the first: {reason}; look at what the judge says, choose another "
+            "or raise max_invalid"
         )
     return judged
 
