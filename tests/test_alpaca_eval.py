@@ -232,6 +232,11 @@ def test_a_prompt_file_without_its_fields_is_refused(tmp_path):
     assert read_prompt(str(path)) == PUBLISHED_SHAPE
 
 
+def test_without_annotations_it_needs_a_model(tmp_path):
+    with pytest.raises(ValueError, match="model_name_or_path is not set"):
+        run(configured(tmp_path, model_name_or_path="???"))
+
+
 def test_another_judge_is_refused(tmp_path, references):
     with pytest.raises(ValueError, match="judge=gold: task=alpaca_eval asks in its own words"):
         run(configured(tmp_path, judge="gold"))

@@ -229,7 +229,7 @@ def test_files_of_something_else_are_left_alone(tmp_path):
             eval.evaluate(config("world", tmp_path / name), {})
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task, needed in TASKS.items() if needed])
 def test_a_task_says_what_it_cannot_do_without(tmp_path, task):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("eval", [f"task={task}", f"output_dir={tmp_path}"])
