@@ -74,6 +74,7 @@ def test_numbers_of_the_leaderboard_by_hand():
 
 def test_avg_length_is_rounded_down():
     assert leaderboard([annotation(2, "abc"), annotation(2, "abcd")])["avg_length"] == 3
+    assert leaderboard([annotation(2, "abc"), annotation(1, None)])["avg_length"] == 3  # null has no length
 
 
 @pytest.mark.parametrize("invalid", [None, math.nan, 0.5, 2.5, -1, "1", True])
@@ -231,9 +232,25 @@ def test_a_prompt_file_without_its_fields_is_refused(tmp_path):
     assert read_prompt(str(path)) == PUBLISHED_SHAPE
 
 
+def test_without_annotations_it_needs_a_model(tmp_path):
+    with pytest.raises(ValueError, match="model_name_or_path is not set"):
+        run(configured(tmp_path, model_name_or_path="???"))
+
+
 def test_another_judge_is_refused(tmp_path, references):
     with pytest.raises(ValueError, match="judge=gold: task=alpaca_eval asks in its own words"):
         run(configured(tmp_path, judge="gold"))
+
+
+def test_annotations_are_rows_with_an_instruction(tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text('[{"instruction": "a", "preference": NaN, "output_1": "x", "output_2": null}]')
+    result = count(read_annotations(path), resamples=2000, seed=0, max_invalid=1)
+    write(result, tmp_path / "out")
+    assert result.counts["n_invalid"] == 1 and result.samples[0]["preference"] is None
+    path.write_text('[{"preference": 1}]')
+    with pytest.raises(ValueError, match=r"annotations.json:1: has no text 'instruction'; name an annotations.json"):
+        read_annotations(path)
 
 
 def test_no_annotations_are_refused():

@@ -54,7 +54,7 @@ def test_every_command_composes(command, tmp_path, monkeypatch):
     name, schema = ROOTS[script]
     expanded, _ = expand_arguments(arguments, schema)
     # A sweep composes one job at a time; its first values stand for it.
-    overrides = [re.sub(r"=([^,]+),.*", r"=\1", a) for a in expanded if a != "-m"]
+    overrides = [re.sub(r"=([^,\[]+),.*", r"=\1", a) for a in expanded if a != "-m"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert compose(name, overrides)
 

@@ -126,26 +126,27 @@ def run(cfg: DictConfig) -> Result:
 
 def read_references(path: Path, max_samples: int | None) -> list[dict[str, Any]]:
     """The reference model's rows, the first max_samples of them; ValueError where they are not the 805."""
-    rows = _rows(path, ("instruction", "output"))
+    rows = _rows(path, ("instruction", "output"), WAY_OUT)
     if len(rows) != ROWS:
         raise ValueError(f"{path}: has {len(rows)} rows, AlpacaEval has {ROWS}; {WAY_OUT}, and max_samples for fewer")
     return list(islice(rows, max_samples))
 
 
 def read_annotations(path: Path) -> list[dict[str, Any]]:
-    return _rows(path, ("instruction", "output_1", "output_2"))
+    """Rows of an annotations.json."""
+    return _rows(path, ("instruction",), "name an annotations.json of AlpacaEval")
 
 
-def _rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, texts: Sequence[str], way_out: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {WAY_OUT}")
+        raise ValueError(f"{path}: no such file; {way_out}")
     rows = []
     for place, row in rows_of(path):
         if isinstance(row, Exception):
             raise row
         for name in texts:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                raise ValueError(f"{place}: has no text {name!r}; {WAY_OUT}")
+                raise ValueError(f"{place}: has no text {name!r}; {way_out}")
         rows.append(row)
     return rows
 
@@ -289,7 +290,9 @@ def _valid(value: Any) -> float:
 
 
 def mean_length(rows: Sequence[Row], name: str) -> int:
-    return int(sum(len(row[name]) for row in rows) / len(rows))
+    """Characters of a text, rounded down; a row that has none, be it null, is left out; 0 of no text."""
+    lengths = [len(row[name]) for row in rows if isinstance(row.get(name), str)]
+    return int(sum(lengths) / len(lengths)) if lengths else 0
 
 
 def count(annotations: Sequence[Row], *, resamples: int, seed: int, max_invalid: float) -> Result:
@@ -307,7 +310,7 @@ def count(annotations: Sequence[Row], *, resamples: int, seed: int, max_invalid:
         )
     valid = [row for row in annotations if math.isfinite(_valid(row.get("preference")))]
     wins_N = np.array([_valid(row["preference"]) - 1 for row in valid])
-    gained_N = np.array([len(row["output_2"]) - len(row["output_1"]) for row in valid])
+    gained_N = np.array([len(row.get("output_2") or "") - len(row.get("output_1") or "") for row in valid])
     if valid:
         result.metrics["length_adjusted"] = 100 * length_adjusted(wins_N, gained_N)
         result.tables["by source"] = [
@@ -327,7 +330,7 @@ def count(annotations: Sequence[Row], *, resamples: int, seed: int, max_invalid:
     result.samples = [
         {
             "id": str(i), "source": row.get("dataset", ""), "prompt": row["instruction"],
-            "answers": {"reference": row["output_1"], "policy": row["output_2"]},
+            "answers": {"reference": row.get("output_1") or "", "policy": row.get("output_2") or ""},
             "preference": None if math.isnan(_valid(row.get("preference"))) else row["preference"],
         }
         for i, row in enumerate(annotations)

@@ -5,7 +5,8 @@ dpo.judge.prompt, and where the endpoint gives log-probabilities, of the letter'
 
     p(A) = P(A) / (P(A) + P(B))      P(A): the sum over the tokens "A", " A", "a", " a" among the likeliest
 
-Whether it does is asked once, by one request. No failure ever becomes a verdict.
+Whether it does is asked once, by one request. No failure ever becomes a verdict. Questions of another protocol go by
+chat(), with the same cache, retries and limits.
 """
 
 import json
