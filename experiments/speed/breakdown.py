@@ -49,8 +49,8 @@ def products(profiled: profile) -> Counter[tuple[Shape, Shape]]:
     for event in profiled.events():
         name = event.name.removeprefix("aten::").rstrip("_")
         if name in ("mm", "bmm", "addmm", "baddbmm"):
-            shapes = [tuple(shape) for shape in event.input_shapes if len(shape) >= 2]
-            one, other = shapes[1:3] if "add" in name else shapes[:2]  # the last may be where it is written to
+            # Before the factors stands what is added, after them what is written to.
+            one, other = map(tuple, event.input_shapes[1:3] if "add" in name else event.input_shapes[:2])
             counted[one, other] += 1
     return counted
 
