@@ -148,6 +148,7 @@ def test_labels_that_nothing_speaks_against_are_ok(monkeypatch):
     assert check.verdict == "ok" and not check.rows and not check.advice
 
 
+@pytest.mark.slow
 def test_exchanged_pairs_of_the_world_are_found_in_a_few_hundred():
     """Two folds of 160 pairs: far fewer than a run has, and far better than a coin's 0.5."""
     margin, _, gold, flipped = margins(

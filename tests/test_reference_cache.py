@@ -434,6 +434,7 @@ def test_a_frozen_copy_whose_rows_are_all_found_is_not_loaded(tmp_path, loaded, 
     assert len(loaded) == 5 and "8 of 9 rows found, 1 computed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_the_reference_depends_on_is_computed_anew(tmp_path, adapter, passes):
     """Another dtype, template, cutoff, row, adapter, and one bit of an adapter and of the weights.
 

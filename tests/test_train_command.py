@@ -75,6 +75,7 @@ def metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_guides_yaml_runs_as_it_is_and_the_command_line_stands_above_it(tmp_path):
     file = tmp_path / "dpo_config.yaml"
     file.write_text(GUIDE.format(output_dir=tmp_path / "aligned") + "overwrite_cache: true\nddp_timeout: 9\n")
@@ -89,6 +90,7 @@ def test_the_guides_yaml_runs_as_it_is_and_the_command_line_stands_above_it(tmp_
     assert "pref_beta: 0.1" in config and "logging_steps: 1\n" in config and "fp16: true" in config
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_directory_per_job_and_one_results_csv(tmp_path):
     done = run("train.py", "-m", "pref_beta=0.05,0.5", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null")
     assert done.returncode == 0, done.stderr
@@ -167,6 +169,7 @@ def test_a_directory_that_holds_a_run_is_not_touched(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_end_the_sweep(tmp_path):
     done = run("train.py", "-m", "lora_dropout=2,0", f"output_dir={tmp_path}", *QUICK, "eval_dataset=null")
     assert done.returncode == 2

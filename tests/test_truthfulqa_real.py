@@ -1,7 +1,7 @@
 """TruthfulQA on SmolLM2: MC1 and MC2 are what lm-eval's official tasks give, question by question, in float32.
 
-lm-eval's own model reads each answer in a row of its own: seconds per question. So it is asked few questions, and 100
-through dpo.evals.lm_eval_model, which has lm-eval make the prompts, part them and count. DPO_QUESTIONS sets both.
+lm-eval's own model reads each answer in a row of its own: seconds per question. So it is asked two, and ten through
+dpo.evals.lm_eval_model, which has lm-eval make the prompts, part them and count. DPO_QUESTIONS=100 is the long form.
 """
 
 import json
@@ -17,7 +17,7 @@ from models.tokenizer import Tokenizer
 from models.weights import load_model
 
 pytestmark = pytest.mark.real
-COUNTS = {through: int(os.environ.get("DPO_QUESTIONS", n)) for through, n in (("policy", "100"), ("hugging face", "4"))}
+COUNTS = {through: int(os.environ.get("DPO_QUESTIONS", n)) for through, n in (("policy", "10"), ("hugging face", "2"))}
 
 
 def official_tasks(items: list[Item], directory: Path) -> None:
