@@ -249,6 +249,7 @@ def judged_by_a_process(server: JudgeServer, cache: Path, n: int) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_what_was_answered_before_kill_9_is_never_asked_again(tmp_path):
     """What the file holds when the process is dead is exactly what the next start does not ask."""
     cache, n = tmp_path / "cache", 30
@@ -386,6 +387,7 @@ def test_an_unreadable_probe_is_sent_again():
     assert one.verdict is Verdict.FIRST and one.p == pytest.approx(0.8) and server.requests == 4 + 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_in_flight():
     store = Store(None)
     with serving(delay=0.02) as server:
