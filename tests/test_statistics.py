@@ -31,6 +31,10 @@ def test_wilsons_interval_is_scipys(k, n):
     assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+def test_wilsons_interval_ends_where_no_trial_or_every_one_succeeded():
+    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
+
+
 def test_half_of_805_prompts_is_46_5_to_53_4_percent():
     assert wilson(805 / 2, 805) == pytest.approx((0.465, 0.535), abs=6e-4)
 
