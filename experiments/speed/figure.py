@@ -34,7 +34,7 @@ def main() -> None:
             places = [n + (i - 1) * 0.27 for n in range(len(names))]
             bars = axis.bar(places, values, 0.25, label=LABELS[side], color=COLOURS[side])
             axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], fontsize=7)
-        axis.set_xticks(range(len(names)), names, fontsize=7)
+        axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=7)
         axis.set_title(title, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=7, frameon=False)
