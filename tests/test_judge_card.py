@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from dpo.judge.card import card, cohen_kappa, remarks, show
+from dpo.evals.statistics import cohen_kappa
+from dpo.judge.card import card, remarks, show
 from dpo.judge.verdict import Judged, Order, Pair, Verdict, decide
 
 FIRST, SECOND, TIE, INVALID = Verdict
@@ -55,8 +56,8 @@ def test_length_bias_is_counted_where_lengths_differ():
 
 def test_kappa_by_hand():
     """Agree on 3 of 4; chance would on (2 * 3 + 2 * 1) / 16 = 1/2."""
-    assert cohen_kappa(list(zip("aabb", "aaab", strict=True))) == pytest.approx((0.75 - 0.5) / 0.5)
-    assert cohen_kappa([("a", "b"), ("b", "a")]) == -1 and cohen_kappa([("a", "a")]) is None and cohen_kappa([]) is None
+    assert cohen_kappa("aabb", "aaab") == pytest.approx((0.75 - 0.5) / 0.5)
+    assert cohen_kappa("ab", "ba") == -1 and cohen_kappa("a", "a") is None and "kappa" not in card([], [], [], seed=0)
 
 
 @pytest.mark.parametrize(("share_right", "kappa"), [(1.0, 1.0), (0.5, 0.0), (0.0, -1.0)])

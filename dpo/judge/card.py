@@ -15,8 +15,9 @@ alone: labels that all say `first` would have chance agree with any judge.
 """
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
+from dpo.evals.statistics import cohen_kappa
 from dpo.judge.verdict import MIRRORED, Judged, Pair, Verdict
 
 DECIDED = (Verdict.FIRST, Verdict.SECOND)
@@ -56,20 +57,9 @@ def card(
                 if label in DECIDED and one.p is not None and one.p != 0.5
             ]
         ),
-        "kappa": cohen_kappa(oriented),
+        "kappa": cohen_kappa(*zip(*oriented, strict=True)) if oriented else None,
     }
     return {"n": len(rows)} | {name: value for name, value in numbers.items() if value is not None}
-
-
-def cohen_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
-    """Of two raters' categories; None where chance alone would agree always, or there is nothing."""
-    n = len(pairs)
-    if not n:
-        return None
-    ones, others = zip(*pairs, strict=True)
-    observed = sum(one == other for one, other in pairs) / n
-    expected = sum(ones.count(c) * others.count(c) for c in set(ones)) / n**2
-    return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def remarks(numbers: dict[str, float], max_invalid: float) -> list[str]:

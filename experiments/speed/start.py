@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LINES = {
     "rows:": "imports, config, rows",
     "reference:": "model and reference",
-    "memory:": "optimiser (PyTorch imports its compiler), memory forecast",
+    "memory:": "optimiser, memory forecast",
     "start:": "checks of the first batch",
     "step 0/": "first answers and gold reward",
     "step 1/": "first update",
