@@ -10,9 +10,10 @@ ld_alpha says.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
+from typing import Any, ClassVar
 
 import hydra
 import numpy as np
@@ -21,13 +22,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template
-from dpo.config import AT_LEAST_1, EvalConfig, check, check_values
+from dpo.config import AT_LEAST_1, EvalConfig, SharedConfig, check, check_values
 from dpo.logprobs import token_logps
 from dpo.reference import Reference
 from dpo.show import COLOURS, LEGEND, cut_line, numbers_of, paint, pieces, token_lines, visible
 from dpo.tokens import Encoded, sides
 from dpo.trainer import to_stream
-from models.command import CONF, one_line_errors, prepare_command_line, while_read
+from models.command import ANY, CONF, one_line_errors, prepare_command_line, while_read
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from models.weights import choose_device
@@ -51,11 +52,17 @@ td, th { text-align: right; padding: 0 .8rem; } td:first-child, th:first-child {
 
 @dataclass
 class TokenViewConfig(EvalConfig):
-    """Every key of eval.py, and which rows are shown."""
+    """The keys of eval.py, and which rows are shown."""
+
+    WITHOUT_EFFECT: ClassVar[dict[str, Any]]
 
     show: int = MISSING
     rows: list[int] = MISSING
 
+
+READ = {f.name for f in fields(SharedConfig)} | {"run", "eval_dataset", "output_file", "show", "rows"}
+# Nothing is drawn or judged here.
+TokenViewConfig.WITHOUT_EFFECT = {f.name: ANY for f in fields(TokenViewConfig) if f.name not in READ}
 
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
 ConfigStore.instance().store(name="token_view_schema", node=TokenViewConfig)

@@ -49,6 +49,11 @@ def adapted(model_dir: Path, target: Path, size: float) -> Transformer:
     return model.requires_grad_(False)
 
 
+def test_keys_of_other_tasks_are_left_out_and_said():
+    expanded, notes = expand_arguments(["judge=gold", "temperature=1", "show=2"], TokenViewConfig)
+    assert expanded == ["show=2"] and notes == ["without effect here, and left out: judge, temperature"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Transformer]:
     """(the directory of a run on the built-in world, its policy); PAIRS are its held-out rows."""
