@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from dpo.evals.statistics import cohen_kappa
-from dpo.judge.card import card, remarks, show
+from dpo.evals.statistics import wilson
+from dpo.judge.card import Card, card, remarks, show
 from dpo.judge.verdict import Judged, Order, Pair, Verdict, decide
 
 FIRST, SECOND, TIE, INVALID = Verdict
@@ -28,8 +28,8 @@ def test_numbers_by_hand():
         judged(FIRST, SECOND, 0.8, 0.4),
         judged(INVALID, FIRST),
     ]
-    numbers = card([pair(i) for i in range(4)], answers, [FIRST, FIRST, TIE, FIRST], seed=0)
-    assert numbers["n"] == 4 and numbers["ties"] == 0.25 and numbers["invalid"] == 0.25
+    numbers = card([pair(i) for i in range(4)], answers, [FIRST, FIRST, TIE, FIRST], seed=0).numbers
+    assert numbers["ties"] == 0.25 and numbers["invalid"] == 0.25
     assert numbers["consistency"] == pytest.approx(2 / 3)
     # Shown first won in order 1 of the first pair, order 2 of the second, and both of the third.
     assert numbers["p_first"] == pytest.approx(4 / 6)
@@ -43,21 +43,15 @@ def test_numbers_by_hand():
 def test_mean_p_cancels_a_position_bias():
     """It says A to everything, and a little louder where the first stands there."""
     answers = [judged(FIRST, SECOND, 0.9, 0.2), judged(FIRST, SECOND, 0.8, 0.1), judged(FIRST, SECOND, 0.8, 0.2)]
-    numbers = card([pair(i) for i in range(3)], answers, [FIRST, FIRST, FIRST], seed=0)
+    numbers = card([pair(i) for i in range(3)], answers, [FIRST, FIRST, FIRST], seed=0).numbers
     assert numbers["agreement"] == 0 and numbers["agreement_p"] == 0.5  # of two: the third's p is 0.5
 
 
 def test_length_bias_is_counted_where_lengths_differ():
     pairs = [pair(1, "long", "x"), pair(2, "x", "long"), pair(3, "same", "mesa"), pair(4, "long", "x")]
     answers = [judged(FIRST, FIRST), judged(SECOND, SECOND), judged(FIRST, FIRST), judged(SECOND, SECOND)]
-    numbers = card(pairs, answers, [TIE, TIE, TIE, FIRST], seed=0)
+    numbers = card(pairs, answers, [TIE, TIE, TIE, FIRST], seed=0).numbers
     assert numbers["p_longer"] == pytest.approx(2 / 3) and numbers["p_longer_equal"] == 1.0
-
-
-def test_kappa_by_hand():
-    """Agree on 3 of 4; chance would on (2 * 3 + 2 * 1) / 16 = 1/2."""
-    assert cohen_kappa("aabb", "aaab") == pytest.approx((0.75 - 0.5) / 0.5)
-    assert cohen_kappa("ab", "ba") == -1 and cohen_kappa("a", "a") is None and "kappa" not in card([], [], [], seed=0)
 
 
 @pytest.mark.parametrize(("share_right", "kappa"), [(1.0, 1.0), (0.5, 0.0), (0.0, -1.0)])
@@ -65,23 +59,41 @@ def test_kappa_does_not_know_which_side_the_labels_are_on(share_right, kappa):
     """Rows of chosen and rejected are all labelled `first`, which by itself would make every kappa 0."""
     rng = random.Random(0)
     answers = [judged(*[FIRST if rng.random() < share_right else SECOND] * 2) for _ in range(2000)]
-    numbers = card([pair(i) for i in range(2000)], answers, [FIRST] * 2000, seed=0)
+    numbers = card([pair(i) for i in range(2000)], answers, [FIRST] * 2000, seed=0).numbers
     assert numbers["kappa"] == pytest.approx(kappa, abs=0.06)
 
 
 def test_a_judge_without_orders_or_labels_has_a_shorter_card():
-    numbers = card([pair(1)], [Judged(FIRST, 0.9, ())], [None], seed=0)
-    assert numbers == {"n": 1, "p_longer": 1.0, "ties": 0.0, "invalid": 0.0} and not remarks(numbers, 0.05)
+    numbers = card([pair(1)], [Judged(FIRST, 0.9, ())], [None], seed=0).numbers
+    assert numbers == {"p_longer": 1.0, "ties": 0.0, "invalid": 0.0} and not remarks(numbers, 0.05)
 
 
 def test_a_card_of_failures_alone_has_no_share_of_anything():
-    assert card([pair(1)], [judged(INVALID, INVALID)], [FIRST], seed=0) == {"n": 1, "ties": 0.0, "invalid": 1.0}
+    made = card([pair(1)], [judged(INVALID, INVALID)], [FIRST], seed=0)
+    assert made.numbers == {"ties": 0.0, "invalid": 1.0} and card([], [], [], seed=0) == Card(0)
+
+
+def test_every_number_has_an_interval_around_it():
+    """Of 40 pairs: 30 for the first in both orders, 10 for what is shown first."""
+    answers = [judged(FIRST, FIRST, 0.9, 0.8)] * 30 + [judged(FIRST, SECOND, 0.9, 0.3)] * 10
+    made = card([pair(i) for i in range(40)], answers, [FIRST] * 40, seed=0)
+    assert set(made.intervals) == set(made.numbers)
+    assert all(made.intervals[name][0] < number < made.intervals[name][1] or number in (0, 1)
+               for name, number in made.numbers.items())  # fmt: skip
+    assert made.intervals["consistency"] == wilson(30, 40)
+    # 50 of 80 answers, which are two of each pair.
+    assert made.numbers["p_first"] == 0.625 and made.intervals["p_first"] == wilson(25, 40)
+    # p of what is shown first is 0.55 in 30 pairs and 0.8 in 10, so the mean's standard error is about 0.017.
+    low, high = made.intervals["position_bias"]
+    assert made.numbers["position_bias"] == pytest.approx(0.1125) and high - low == pytest.approx(4 * 0.017, abs=0.01)
 
 
 def test_a_judge_that_always_says_a_is_called_poor():
-    numbers = card([pair(i) for i in range(20)], [judged(FIRST, SECOND)] * 20, [FIRST] * 20, seed=0)
-    found = remarks(numbers, 0.05)
-    assert len(found) == 3 and "poor: it takes what is shown first in 100%" in show("m", numbers, found)
+    made = card([pair(i) for i in range(20)], [judged(FIRST, SECOND)] * 20, [FIRST] * 20, seed=0)
+    found = remarks(made.numbers, 0.05)
+    text = show("m", made, found)
+    assert len(found) == 3 and "poor: it takes what is shown first in 100%" in text
+    assert "consistency          0.000  (0.000 to 0.161)" in text
 
 
 @pytest.mark.parametrize(
@@ -95,4 +107,4 @@ def test_each_fault_has_its_remark(numbers, says):
 
 def test_a_good_judge_is_not_called_poor():
     good = {"invalid": 0.05, "consistency": 0.7, "p_first": 0.6, "p_longer": 1.0, "p_longer_equal": 0.7, "kappa": 0.2}
-    assert not remarks(good, 0.05) and "nothing poor" in show("m", {"n": 3} | good, [])
+    assert not remarks(good, 0.05) and "nothing poor" in show("m", Card(3), [])

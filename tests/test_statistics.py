@@ -1,6 +1,7 @@
 """Statistics of evaluations: published figures, scipy and scikit-learn, and enumeration by hand."""
 
 import math
+import random
 from itertools import product
 
 import numpy as np
@@ -171,10 +172,24 @@ def test_a_model_that_always_wins_has_a_finite_rate(n):
 
 
 def test_kappa_by_hand():
-    """Agree in 3 of 4; chance is (3/4)(2/4) + (1/4)(2/4) = 1/2. Three labels: 2 of 4, chance (2 * 1 + 2 + 1) / 16."""
-    assert cohen_kappa("AAAB", "AABB") == pytest.approx((0.75 - 0.5) / 0.5)
-    assert cohen_kappa("AABT", "ABTT") == pytest.approx((0.5 - 5 / 16) / (11 / 16))
-    assert cohen_kappa("AA", "AA") is None
+    """Agree on 3 of 4; chance would on (3 * 2 + 1 * 2) / 16 = 1/2."""
+    kappa, (low, high) = cohen_kappa("AAAB", "AABB")
+    assert kappa == pytest.approx((0.75 - 0.5) / 0.5)
+    assert (low, high) == pytest.approx([(share - 0.5) / 0.5 for share in wilson(3, 4)])
+    assert cohen_kappa("AABT", "ABTT")[0] == pytest.approx((0.5 - 5 / 16) / (11 / 16))
+    assert cohen_kappa("ab", "ba")[0] == -1 and cohen_kappa("AA", "AA") is None
+
+
+def test_kappas_interval_holds_the_true_kappa_in_95_of_100_draws():
+    """Two raters who agree on 80% of two labels equally frequent: kappa 0.6."""
+    draw = random.Random(0)
+    held = 0
+    for _ in range(400):
+        first = [draw.random() < 0.5 for _ in range(100)]
+        second = [label ^ (draw.random() < 0.2) for label in first]
+        low, high = cohen_kappa(first, second)[1]
+        held += low <= 0.6 <= high
+    assert 0.92 <= held / 400 <= 0.98
 
 
 def test_kappa_needs_two_raters_of_the_same_items():

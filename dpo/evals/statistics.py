@@ -115,15 +115,21 @@ def length_adjusted(preferences: Any, length_differences: Any) -> float:
     return float(1 / (1 + np.exp(-theta)))
 
 
-def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
-    """Of the labels of two raters, item by item, in [-1, 1]; None where both always say the same one label."""
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[float, Interval] | None:
+    """(p_o - p_e) / (1 - p_e) of two raters' labels, in [-1, 1]; None where both always say the same one label.
+
+    Its interval is Wilson's of p_o, with p_e held fast, as Cohen's standard error has it.
+    """
     n = len(first)
     if n == 0 or n != len(second):
         raise ValueError(f"{n} and {len(second)} labels: expected as many of both raters, and at least one")
-    agree = sum(a == b for a, b in zip(first, second, strict=True)) / n
     counts = Counter(first), Counter(second)
     chance = sum(counts[0][label] * counts[1][label] for label in counts[0]) / n**2
-    return (agree - chance) / (1 - chance) if chance < 1 else None
+    if chance == 1:
+        return None
+    agree = sum(a == b for a, b in zip(first, second, strict=True))
+    kappa, low, high = ((share - chance) / (1 - chance) for share in (agree / n, *wilson(agree, n)))
+    return kappa, (low, high)
 
 
 def krippendorff_alpha(items: Sequence[Sequence[Hashable | None]]) -> float | None:

@@ -138,11 +138,14 @@ def _card(
 ) -> None:  # fmt: skip
     own = [Verdict.FIRST if row.labelled else None for row in rows]
     right = own if labels is None else [labels.get(row.pair.id) for row in rows]
-    numbers = card([row.pair for row in rows], judged, right, cfg.judge_seed)
-    found = remarks(numbers, cfg.max_invalid)
-    print(show(judge.name, numbers, found))
+    made = card([row.pair for row in rows], judged, right, cfg.judge_seed)
+    found = remarks(made.numbers, cfg.max_invalid)
+    print(show(judge.name, made, found))
     if cfg.output_file:
-        about = {"judge": judge.name, "prompt_sha256": judge.prompt_sha256, "card": numbers, "poor": found}
+        about = {
+            "judge": judge.name, "prompt_sha256": judge.prompt_sha256, "n": made.n, "card": made.numbers,
+            "intervals": made.intervals, "poor": found,
+        }  # fmt: skip
         write_beside(Path(cfg.output_file).expanduser(), (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
 
 

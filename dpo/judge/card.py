@@ -11,55 +11,74 @@ agreement_p        share of labelled pairs whose mean p is on the label's side, 
 kappa              agreement beyond chance, (p_o - p_e) / (1 - p_e) (Cohen 1960)
 
 A number that nothing can be said of is left out. Which response of a pair counts as the first is drawn for the kappa
-alone: labels that all say `first` would have chance agree with any judge.
+alone: labels that all say `first` would have chance agree with any judge. Intervals are of 95%, over pairs: Wilson's,
+and a bootstrap of position_bias. The two answers of a pair are not independent, so p_first's counts it once: it is too
+wide, if anything.
 """
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
-from dpo.evals.statistics import cohen_kappa
+from dpo.evals.statistics import Interval, bootstrap, cohen_kappa, wilson
 from dpo.judge.verdict import MIRRORED, Judged, Pair, Verdict
 
 DECIDED = (Verdict.FIRST, Verdict.SECOND)
 # When a judge is called poor.
 LEAST_CONSISTENCY, MOST_POSITION, LEAST_KAPPA, MOST_LONGER = 0.7, 0.1, 0.2, 0.7
+RESAMPLES = 2000
+
+
+@dataclass
+class Card:
+    n: int
+    """pairs."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    def share(self, name: str, holds: Sequence[bool], n: int | None = None) -> None:
+        """n: how many of them are independent; None: all."""
+        if holds:
+            self.numbers[name] = share = sum(holds) / len(holds)
+            self.intervals[name] = wilson(share * (n or len(holds)), n or len(holds))
 
 
 def card(
     pairs: Sequence[Pair], judged: Sequence[Judged], labels: Sequence[Verdict | None], seed: int
-) -> dict[str, float]:  # fmt: skip
+) -> Card:  # fmt: skip
     """labels: the right verdict of each pair; None where it is not known."""
     rows = list(zip(pairs, judged, labels, strict=True))
+    made = Card(len(rows))
     valid = [row for row in rows if row[1].verdict is not Verdict.INVALID]
     asked = [one.orders for _, one, _ in valid if one.orders]
     # Of each answer, whether it was for the response shown first.
-    shown = [order.verdict is first for orders in asked for order, first in zip(orders, DECIDED, strict=True)
-             if order.verdict in DECIDED]  # fmt: skip
-    p_shown = [o.p if first is Verdict.FIRST else 1 - o.p
-               for orders in asked for o, first in zip(orders, DECIDED, strict=True) if o.p is not None]  # fmt: skip
+    shown = [[order.verdict is first for order, first in zip(orders, DECIDED, strict=True) if order.verdict in DECIDED]
+             for orders in asked]  # fmt: skip
+    p_shown = [(one.p + 1 - other.p) / 2 for one, other in asked if one.p is not None and other.p is not None]
+    made.share("consistency", [one.verdict is other.verdict for one, other in asked])
+    made.share("p_first", list(chain.from_iterable(shown)), n=sum(map(bool, shown)))
+    if p_shown:
+        made.numbers["position_bias"] = sum(p_shown) / len(p_shown) - 0.5
+        low, high = bootstrap(p_shown, resamples=RESAMPLES, seed=seed, method="percentile")
+        made.intervals["position_bias"] = (low - 0.5, high - 0.5)
+    made.share("p_longer", _longer_wins(valid))
+    made.share("p_longer_equal", _longer_wins([row for row in valid if row[2] is Verdict.TIE]))
+    made.share("ties", [one.verdict is Verdict.TIE for _, one, _ in rows])
+    made.share("invalid", [one.verdict is Verdict.INVALID for _, one, _ in rows])
+
     known = [row for row in valid if row[2] not in (None, Verdict.INVALID)]
     oriented = [_oriented(pair.id, one.verdict, label, seed) for pair, one, label in known if label]
-    both_decided = [row for row in oriented if all(verdict in DECIDED for verdict in row)]
-    numbers = {
-        "consistency": _share([one.verdict is other.verdict for one, other in asked]),
-        "p_first": _share(shown),
-        "position_bias": sum(p_shown) / len(p_shown) - 0.5 if p_shown else None,
-        "p_longer": _share(_longer_wins(valid)),
-        "p_longer_equal": _share(_longer_wins([row for row in valid if row[2] is Verdict.TIE])),
-        "ties": _share([one.verdict is Verdict.TIE for _, one, _ in rows]),
-        "invalid": _share([one.verdict is Verdict.INVALID for _, one, _ in rows]),
-        "agreement": _share([verdict is label for verdict, label in oriented]),
-        "agreement_decided": _share([verdict is label for verdict, label in both_decided]),
-        "agreement_p": _share(
-            [
-                (one.p > 0.5) == (label is Verdict.FIRST)
-                for _, one, label in known
-                if label in DECIDED and one.p is not None and one.p != 0.5
-            ]
-        ),
-        "kappa": cohen_kappa(*zip(*oriented, strict=True)) if oriented else None,
-    }
-    return {"n": len(rows)} | {name: value for name, value in numbers.items() if value is not None}
+    sided = [one.p > 0.5 if label is Verdict.FIRST else one.p < 0.5
+             for _, one, label in known if label in DECIDED and one.p not in (None, 0.5)]  # fmt: skip
+    made.share("agreement", [verdict is label for verdict, label in oriented])
+    made.share("agreement_decided", [verdict is label for verdict, label in oriented
+                                     if verdict in DECIDED and label in DECIDED])  # fmt: skip
+    made.share("agreement_p", sided)
+    kappa = cohen_kappa(*zip(*oriented, strict=True)) if oriented else None
+    if kappa:
+        made.numbers["kappa"], made.intervals["kappa"] = kappa
+    return made
 
 
 def remarks(numbers: dict[str, float], max_invalid: float) -> list[str]:
@@ -78,9 +97,11 @@ def remarks(numbers: dict[str, float], max_invalid: float) -> list[str]:
     return found
 
 
-def show(name: str, numbers: dict[str, float], found: Sequence[str]) -> str:
-    lines = [f"report card of {name}, on {int(numbers['n'])} pairs"]
-    lines += [f"  {key:18s}{value:8.3f}" for key, value in numbers.items() if key != "n"]
+def show(name: str, made: Card, found: Sequence[str]) -> str:
+    lines = [f"report card of {name}, on {made.n} pairs, with 95% intervals"]
+    for key, value in made.numbers.items():
+        low, high = made.intervals[key]
+        lines.append(f"  {key:18s}{value:8.3f}  ({low:.3f} to {high:.3f})")
     return "\n".join(lines + ([f"poor: {line}" for line in found] or ["nothing poor was found"]))
 
 
@@ -96,7 +117,3 @@ def _oriented(id: str, verdict: Verdict, label: Verdict, seed: int) -> tuple[Ver
     """Both as they stand, or both mirrored."""
     mirror = random.Random(f"{seed} {id}").random() < 0.5
     return (MIRRORED[verdict], MIRRORED[label]) if mirror else (verdict, label)
-
-
-def _share(holds: Sequence[bool]) -> float | None:
-    return sum(holds) / len(holds) if holds else None
