@@ -1,5 +1,7 @@
 """The endpoint judge against a server that fails in every way: judged right or counted, and nothing asked twice."""
 
+import json
+import math
 import os
 import random
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 from judge_server import BODIES, FAULTS, HARMLESS, SLOW, TEMPORARY, JudgeServer, pair, right, serving
 
-from dpo.judge.endpoint import OPENAI, EndpointJudge, _retry_after
+from dpo.judge.endpoint import OPENAI, REASONING, THINKING, Answer, EndpointJudge, _retry_after
 from dpo.judge.retry import FAILURES_IN_A_ROW, TRIES, Backoff, Limits
 from dpo.judge.store import Store
 from dpo.judge.verdict import Judged, Pair, Verdict, count_outcomes
@@ -367,13 +369,36 @@ def test_the_way_of_asking_is_found_out_once_and_logprobs_can_be_insisted_on():
             judge_of(server, logprobs=True)([pair(1, 9, 2)])
 
 
-def test_what_refuses_every_way_of_asking_is_named():
+@pytest.mark.parametrize(
+    ("model", "way"), [("thinks_aloud", THINKING), ("thinks_aside", THINKING), ("no_temperature", REASONING)]
+)
+def test_a_model_that_thinks_has_room_for_it(model, way):
+    with serving(lambda question, n: model) as server:
+        judge = judge_of(server)
+        (one,) = judge([pair(1, 9, 2)])
+    assert judge.settings == way and (one.verdict, one.p) == (Verdict.FIRST, None)
+    assert count_outcomes([one])["ok"] == 2
+
+
+@pytest.mark.parametrize(("fault", "says"), [("400", "status 400"), ("cut_null", "cut off before its letter")])
+def test_an_endpoint_that_fails_every_way_of_asking_is_named(fault, says):
     with (
-        serving(lambda key, n: "400") as server,
-        pytest.raises(ValueError, match=r"judge_model=m: .* refuses every way"),
+        serving(lambda key, n: fault) as server,
+        pytest.raises(ValueError, match=rf"judge_model=m: .* fails every way of asking \(.*{says}"),
     ):
         judge_of(server)([pair(1, 9, 2)])
-    assert server.requests == 3
+    assert server.requests == 4
+
+
+def test_p_is_read_where_the_letter_stands_and_a_quoted_letter_is_one():
+    """After thoughts that name a letter, 0.6 / (0.6 + 0.2) of the token "A with its quotation mark."""
+    places = [[(" a", -0.1), (" b", -9.0)], [("</think>", -0.1)], [('"A', math.log(0.6)), ("B", math.log(0.2))]]
+    content = [
+        {"token": tops[0][0], "top_logprobs": [{"token": token, "logprob": logp} for token, logp in tops]}
+        for tops in places
+    ]
+    body = {"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]}
+    assert Answer(json.dumps(body)).p_a() == pytest.approx(0.75)
 
 
 def test_an_unreadable_probe_decides_nothing():

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEPT = ("ok", "reasked", "refused")
 Exchange = dict[str, Any]
 """one question and what became of it, as JSON values; `outcome` is one of dpo.judge.verdict.OUTCOMES."""
