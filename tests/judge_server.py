@@ -124,7 +124,7 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
 }  # fmt: skip
 HARMLESS = list(BODIES)[list(BODIES).index("no_logprobs") :]
 STATUSES = {name: int(name[-3:]) for name in ("429", "408", "409", "500", "503", "400", "filter_400", "401", "404")}
-TEMPORARY = ["429", "408", "409", "500", "503", "slow", "reset", "breaks_off"]
+TEMPORARY = ["429", "408", "409", "500", "503", "slow", "drips", "reset", "breaks_off"]
 FAULTS = [*TEMPORARY, *BODIES]
 # Models that think first, and what becomes of a request to them.
 THINKERS: dict[str, Callable[[dict], str | None]] = {
@@ -185,6 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "breaks_off":
             content, self.close_connection = content[: len(content) // 2], True
+        if fault == "drips":  # the whole answer, a byte at a time
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(2 * SLOW / len(content))
+            return
         self.wfile.write(content)
 
 

@@ -135,6 +135,13 @@ def test_what_lasts_is_an_http_error():
         assert {order.attempts for order in one.orders} == {TRIES}
 
 
+def test_a_server_that_is_not_there_is_named_with_the_reason():
+    with serving() as server:
+        gone = judge_of(server)
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+ did not answer \(ConnectError: .*; set judge_cache, start"):
+        gone(pairs(1))
+
+
 def test_retry_after_is_waited_for():
     clock = NoWaiting()
     with serving(after_the_probe("429", None)) as server:
@@ -295,7 +302,7 @@ def faulty(seed: int, share: float, faults: list[str]):
 
 @pytest.mark.parametrize("logprobs", [None, False])
 def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
-    faults = [fault for fault in FAULTS if fault != "slow"]
+    faults = [fault for fault in FAULTS if fault not in ("slow", "drips")]
     with serving(faulty(3, 0.5, faults)) as server:
         judged = chaos(server, pairs(60), logprobs=logprobs, timeout=5.0, concurrency=8)
     assert 30 < sum(one.verdict is not Verdict.INVALID for one in judged) < 60

@@ -9,6 +9,7 @@ Whether it does, and whether it thinks before it answers, is found out once. No 
 Questions of another protocol go by chat(), with the same cache, retries and limits.
 """
 
+import asyncio
 import json
 import math
 import threading
@@ -89,13 +90,16 @@ class EndpointJudge:
         self.key = (api_key or "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds a character that no key has; export the key alone")
-        self.client = openai.OpenAI(
+        self.client = openai.AsyncOpenAI(
             api_key=self.key or "none", base_url=base_url or OPENAI, max_retries=0, timeout=timeout
         )
+        # A loop of its own: there a request can be ended as a whole. The client's timeout begins anew with every byte.
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.model, self.name = model, f"openai:{model}"
         self.host = url.hostname + (f":{url.port}" if url.port else "")
         self.seed, self.store, self.limits, self.concurrency = seed, store, limits, concurrency
-        self.logprobs = logprobs
+        self.timeout, self.logprobs = timeout, logprobs
         self.stopping = threading.Event()
         self.backoff = backoff or Backoff(deadline=DEADLINE * timeout, sleep=self._wait)
         self.settings: dict[str, Any] | None = None
@@ -273,8 +277,9 @@ class EndpointJudge:
     def _request(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> str:
         create = self.client.chat.completions.with_raw_response.create
         sent: Any = list(messages)
+        whole = asyncio.wait_for(create(model=self.model, messages=sent, **settings), self.timeout)
         try:
-            return self._hide(create(model=self.model, messages=sent, **settings).http_response.text)
+            return self._hide(asyncio.run_coroutine_threadsafe(whole, self.loop).result().http_response.text)
         except self.errors.APIStatusError as error:
             status, body = error.status_code, self._hide(str(error.response.text))
             reason = f"status {status}: {' '.join(body.split())[:200]}"
@@ -283,10 +288,11 @@ class EndpointJudge:
             if status in FATAL:
                 raise Stopped(f"{self.host} answered with {reason}") from None
             raise Refused(reason, status, filtered="content_filter" in body) from None
-        except self.errors.APITimeoutError:
+        except (self.errors.APITimeoutError, TimeoutError):
             raise Temporary("no answer within judge_timeout", answered=False) from None
         except (self.errors.APIError, OSError) as error:  # connections that fail, bodies that break off
-            raise Temporary(self._hide(f"{type(error).__name__}: {error}"), answered=False) from None
+            cause = error.__cause__ or error  # the client's own message is "Connection error."
+            raise Temporary(self._hide(f"{type(cause).__name__}: {cause}"), answered=False) from None
 
     def _hide(self, text: str) -> str:
         """A text of the endpoint's without the key, which a proxy may well repeat."""
