@@ -138,7 +138,9 @@ def test_what_lasts_is_an_http_error():
 def test_a_server_that_is_not_there_is_named_with_the_reason():
     with serving() as server:
         gone = judge_of(server)
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+ did not answer \(ConnectError: .*; set judge_cache, start"):
+    with pytest.raises(
+        ValueError, match=r"127\.0\.0\.1:\d+ did not answer \(ConnectError: .*; start again with judge_c"
+    ):
         gone(pairs(1))
 
 
@@ -194,7 +196,9 @@ def test_max_requests_is_never_passed_and_the_next_start_goes_on(tmp_path):
     store, asked = Store(str(tmp_path / "cache")), pairs(10)
     with serving() as server:
         for start in range(1, 4):
-            with pytest.raises(ValueError, match=r"judge_max_requests=6 is reached, after \d of 10 pairs; start again"):
+            with pytest.raises(
+                ValueError, match=r"judge_max_requests=6 is reached, after \d of 10 pairs; start again, and"
+            ):
                 judge_of(server, store=store, limits=limits(max_requests=6))(asked)
             assert server.requests == 6 * start
         judged = judge_of(server, store=store)(asked)

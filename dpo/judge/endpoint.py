@@ -146,8 +146,7 @@ class EndpointJudge:
                 pool.shutdown(cancel_futures=True)
                 if isinstance(error, Stopped):
                     raise ValueError(
-                        f"{self.name}: {error}, after {len(results)} of {len(items)} {what}; "
-                        f"{self._way_on()}, and what was answered is not asked again"
+                        f"{self.name}: {error}, after {len(results)} of {len(items)} {what}; {self._way_on()}"
                     ) from None
                 raise
         return [results[i] for i in range(len(items))]
@@ -156,7 +155,9 @@ class EndpointJudge:
         self.settings = self.settings or self._choose_settings()
 
     def _way_on(self) -> str:
-        return "start again" if self.store.path else "set judge_cache, start again"
+        if self.store.path:
+            return "start again, and what was answered is not asked again"
+        return "start again with judge_cache, which keeps what is answered"
 
     def _wait(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
