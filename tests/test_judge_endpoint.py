@@ -206,6 +206,15 @@ def test_max_requests_is_never_passed_and_the_next_start_goes_on(tmp_path):
     assert [one.verdict for one in judged] == [right(one) for one in asked]
 
 
+def test_every_request_waits_for_its_turn():
+    """Seven, the probe and two failures among them, at two a minute."""
+    clock = NoWaiting()
+    spending = limits(requests_per_minute=2, clock=lambda: clock.now)
+    with serving(after_the_probe("429", None)) as server:
+        judge_of(server, limits=spending, concurrency=1, backoff=clock.backoff())(pairs(2))
+    assert server.requests == 1 + 2 * 4 and clock.now == pytest.approx(30 * 8)
+
+
 @pytest.mark.parametrize("fault", [None, "lies_about_usage", "no_usage"])
 def test_max_cost_is_never_passed_whatever_is_said_of_usage(fault):
     """At 1 per token and 101 tokens an answer; where usage is a lie, the bound counts: more than a token a byte."""

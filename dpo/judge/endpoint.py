@@ -257,9 +257,11 @@ class EndpointJudge:
         bound = self.limits.cost_of(asked, longest)
 
         def send() -> str:
-            self.limits.begin(bound)
+            wait = self.limits.begin(bound)
             cost, failure = 0.0, ""
             try:
+                if wait:
+                    self.backoff.sleep(wait)
                 body = self._request(messages, settings)
                 usage = _usage(body)
                 cost = self.limits.cost_of(*usage) if usage else bound
