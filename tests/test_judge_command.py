@@ -90,6 +90,18 @@ def test_too_many_invalid_pairs_fail_after_what_is_valid_was_written(tmp_path):
     assert len(run(config(*keys[:-1], f"output_file={tmp_path / 'other.jsonl'}", "max_invalid=0.1"))) == 20
 
 
+def test_pairs_that_nobody_has_judged_yet_come_with_their_ids_and_are_judged_then(tmp_path):
+    data = write(tmp_path / "p.jsonl", *({"prompt": f"{i}?", "responses": ["a", "b"]} for i in range(3)))
+    labels, out = tmp_path / "labels.jsonl", tmp_path / "out.jsonl"
+    keys = ["judge=human", f"judge_labels={labels}", f"dataset={data}"]
+    labels.touch()
+    with pytest.raises(ValueError, match=r"3 of 3 pairs have no verdict"):
+        run(config(*keys, f"output_file={out}"))
+    waiting = [json.loads(line) for line in (tmp_path / "out.jsonl.invalid.jsonl").read_text().splitlines()]
+    write(labels, *({"id": row["id"], "verdict": "second"} for row in waiting))
+    assert {one.verdict for one in run(config(*keys, f"output_file={tmp_path / 'done.jsonl'}"))} == {Verdict.SECOND}
+
+
 def test_the_card_of_the_world_says_what_its_labels_are_worth(tmp_path, capsys):
     """One label in 25 goes against the gold reward; the 400 held-out pairs are a sample."""
     card = tmp_path / "card.json"

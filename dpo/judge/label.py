@@ -73,7 +73,7 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
         row |= {"responses": texts, "scores": [1, 0]}
     examples = examples_of(row, place, "dpo", data_format=data_format, ranking_to_pairs=ranking_to_pairs)
     own = row.get("id")
-    name = str(own) if isinstance(own, str | int) and own != "" else place
+    name = str(own) if type(own) in (str, int) and own != "" else place
     names = [name] if len(examples) == 1 else [f"{name}#{i}" for i in range(1, len(examples) + 1)]
     source = row.get("source") if isinstance(row.get("source"), str) else None
     more = {"source": source, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
