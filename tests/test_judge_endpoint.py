@@ -432,6 +432,18 @@ def test_an_unreadable_probe_is_sent_again():
     assert one.verdict is Verdict.FIRST and one.p == pytest.approx(0.8) and server.requests == 4 + 2
 
 
+def test_once_a_run_is_stopped_nothing_is_asked_anew():
+    """Pair 0 is judged at once, while the first order of pair 1 is on its way; its second order is not begun."""
+
+    def stop(pair: Pair, one: Judged) -> None:
+        raise KeyboardInterrupt
+
+    with serving(each_its_own(["decorated", "slow"])) as server:
+        with pytest.raises(KeyboardInterrupt):
+            judge_of(server, timeout=10 * SLOW)([pair(0, 9, 2), pair(1, 9, 2)], stop)
+        assert server.requests == 1 + 2 + 1
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_in_flight():
     store = Store(None)

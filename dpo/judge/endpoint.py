@@ -257,6 +257,7 @@ class EndpointJudge:
         bound = self.limits.cost_of(asked, longest)
 
         def send() -> str:
+            self._wait(0.0)  # raises once the run is being stopped
             wait = self.limits.begin(bound)
             cost, failure = 0.0, ""
             try:
