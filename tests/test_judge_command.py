@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -16,6 +17,7 @@ from dpo.judge.__main__ import JudgeConfig, run
 from dpo.judge.build import build_judge
 from dpo.judge.verdict import Verdict
 from models.command import CONF, expand_arguments
+from models.weights import WORLD
 
 
 def config(*arguments: str) -> DictConfig:
@@ -173,3 +175,17 @@ def test_a_local_model_is_built_from_its_directory():
     judge = build_judge(config("judge=model", "judge_model=world", "dataset=world", "device=cpu"))
     (one,) = judge([pair(1, 9, 2)])
     assert judge.name == "model:world" and one.p is not None
+
+
+def test_two_local_models_of_one_directory_name_are_two_judges_by_name_and_digest(tmp_path):
+    """Else an evaluation that goes on would mix their verdicts."""
+    directories = [tmp_path / name / "final" for name in ("a", "b")]
+    for directory in directories:
+        shutil.copytree(WORLD / "model", directory)
+    with (directories[1] / "config.json").open("a") as file:
+        file.write("\n")
+    a, b = (
+        build_judge(config("judge=model", f"judge_model={directory}", "dataset=world", "device=cpu"))
+        for directory in directories
+    )
+    assert a.name != b.name and a.digest != b.digest

@@ -1,12 +1,12 @@
 """From the keys that begin with `judge` to a judge; the keys are commented in conf/judge.yaml."""
 
 import os
-from hashlib import sha256
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dpo.build import model_dir
+from dpo.evals.results import file_sha256
 from dpo.judge.endpoint import EndpointJudge
 from dpo.judge.gold import GoldJudge
 from dpo.judge.human import HumanJudge
@@ -62,18 +62,10 @@ def _build_local(cfg: DictConfig) -> LocalJudge:
     template = ChatTemplate(cfg.judge_template, Tokenizer(directory))
     model = load_model(directory, dtype=choose_dtype(cfg.bf16, cfg.fp16), device=choose_device(cfg.device))
     return LocalJudge(
-        model.requires_grad_(False), template, name=Path(cfg.judge_model).name, digest=_digest(directory),
+        model.requires_grad_(False), template, name=cfg.judge_model,
+        digest=file_sha256(directory / "config.json", *weight_files(directory)),
         batch_size=cfg.per_device_eval_batch_size, seed=cfg.judge_seed, store=Store(cfg.judge_cache),
     )  # fmt: skip
-
-
-def _digest(directory: Path) -> str:
-    whole = sha256()
-    for path in (directory / "config.json", *weight_files(directory)):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                whole.update(chunk)
-    return whole.hexdigest()
 
 
 def build_endpoint(cfg: DictConfig) -> EndpointJudge:
