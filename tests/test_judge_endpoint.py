@@ -353,7 +353,14 @@ def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("ftp://host/v1", "ftp://host"), ("http://me:secret@host/v1", "no name or password"), ("x", "http")],
+    [
+        ("ftp://host/v1", "ftp://host"),
+        ("http://me:secret@host/v1", "no name or password"),
+        ("x", "http"),
+        ("http://host:99999/v1", "judge_base_url: its host or port"),
+        ("http://me:secret/x@host/v1", "judge_base_url: its host or port"),
+        ("http://[::1/v1", "judge_base_url: its host or port"),
+    ],
 )
 def test_a_url_that_is_none_or_holds_a_password_is_refused(url, says):
     with pytest.raises(ValueError, match=says) as caught:

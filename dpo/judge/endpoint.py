@@ -78,7 +78,11 @@ class EndpointJudge:
             import openai
         except ImportError:
             raise ValueError('judge=openai: the client is not installed; pip install -e ".[judge]"') from None
-        url = urlsplit(base_url or OPENAI)
+        try:
+            url = urlsplit(base_url or OPENAI)
+            port = url.port
+        except ValueError:  # whose message may repeat a part of a password
+            raise ValueError("judge_base_url: its host or port is none; expected http(s)://HOST[:PORT]/v1") from None
         if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password:
             raise ValueError(
                 f"judge_base_url={url.scheme}://{url.hostname}: expected http(s)://HOST[:PORT]/v1, and no name or "
@@ -97,7 +101,7 @@ class EndpointJudge:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.model, self.name = model, f"openai:{model}"
-        self.host = url.hostname + (f":{url.port}" if url.port else "")
+        self.host = url.hostname + (f":{port}" if port else "")
         self.seed, self.store, self.limits, self.concurrency = seed, store, limits, concurrency
         self.timeout, self.logprobs = timeout, logprobs
         self.stopping = threading.Event()
