@@ -21,7 +21,7 @@ from dpo.judge.verdict import Pair, Verdict
 Script = Callable[[str, int], str | None]
 BLOCK = r"\[Response {0} ([0-9a-f]+)\]\n(.*)\n\[End of Response {0} \1\]"
 QUALITY = re.compile(r"quality (\d+)")
-SLOW = 0.6
+SLOW = 1.0
 
 
 def pair(number: int, first: int, second: int, **more: str) -> Pair:

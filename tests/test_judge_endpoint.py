@@ -47,7 +47,7 @@ def limits(**more) -> Limits:
 def judge_of(server: JudgeServer, **more) -> EndpointJudge:
     settings = {
         "model": "m", "base_url": server.url, "api_key": KEY, "seed": 0, "store": Store(None), "limits": limits(),
-        "concurrency": 4, "timeout": SLOW / 2, "logprobs": None, "backoff": NoWaiting().backoff(),
+        "concurrency": 4, "timeout": 10.0, "logprobs": None, "backoff": NoWaiting().backoff(),
     }  # fmt: skip
     return EndpointJudge(**(settings | more))
 
@@ -120,7 +120,7 @@ def test_a_letter_after_a_second_try_is_a_verdict_and_counted_as_such():
 
 def test_what_may_pass_is_tried_again():
     with serving(each_its_own(TEMPORARY, None)) as server:
-        judged = judge_of(server)([pair(i, 9, 2) for i in range(len(TEMPORARY))])
+        judged = judge_of(server, timeout=SLOW / 2)([pair(i, 9, 2) for i in range(len(TEMPORARY))])
     assert {one.verdict for one in judged} == {Verdict.FIRST}
     assert {order.attempts for one in judged for order in one.orders} == {2}
 
@@ -260,7 +260,7 @@ from judge_server import pair
 from test_judge_endpoint import judge_of, pairs
 from dpo.judge.store import Store
 class Server: url = sys.argv[1]
-judge_of(Server, store=Store(sys.argv[2]), timeout=10.0)(pairs(int(sys.argv[3])))
+judge_of(Server, store=Store(sys.argv[2]))(pairs(int(sys.argv[3])))
 """
 
 
@@ -286,7 +286,7 @@ def test_what_was_answered_before_kill_9_is_never_asked_again(tmp_path):
         asked = server.requests
         ((kept,),) = sqlite3.connect(cache).execute("SELECT count(*) FROM answers")
         assert asked - 4 <= kept <= asked < 2 * n + 1
-        judged = judge_of(server, store=Store(str(cache)), timeout=10.0)(pairs(n))
+        judged = judge_of(server, store=Store(str(cache)))(pairs(n))
         assert server.requests == asked + (2 * n + 1 - kept)
     assert [one.verdict for one in judged] == [right(one) for one in pairs(n)]
 
@@ -317,7 +317,7 @@ def faulty(seed: int, share: float, faults: list[str]):
 def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
     faults = [fault for fault in FAULTS if fault not in ("slow", "drips")]
     with serving(faulty(3, 0.5, faults)) as server:
-        judged = chaos(server, pairs(60), logprobs=logprobs, timeout=5.0, concurrency=8)
+        judged = chaos(server, pairs(60), logprobs=logprobs, concurrency=8)
     assert 30 < sum(one.verdict is not Verdict.INVALID for one in judged) < 60
 
 
@@ -335,7 +335,7 @@ def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
             process.wait()
         time.sleep(1)
         ((kept,),) = sqlite3.connect(cache).execute("SELECT count(*) FROM answers")
-        judged = chaos(server, pairs(n), store=Store(str(cache)), concurrency=16)
+        judged = chaos(server, pairs(n), store=Store(str(cache)), concurrency=16, timeout=SLOW / 2)
         # A question whose answer was on its way at a kill may be asked once more: 4 at a time, 3 kills.
         good = Counter(sum(fault is None for fault in faults) for faults in server.seen.values())
         assert sum(count for times, count in good.items() if times > 1) <= 3 * 4
@@ -447,7 +447,7 @@ def test_once_a_run_is_stopped_nothing_is_asked_anew():
 
     with serving(each_its_own(["decorated", "slow"])) as server:
         with pytest.raises(KeyboardInterrupt):
-            judge_of(server, timeout=10 * SLOW)([pair(0, 9, 2), pair(1, 9, 2)], stop)
+            judge_of(server)([pair(0, 9, 2), pair(1, 9, 2)], stop)
         assert server.requests == 1 + 2 + 1
 
 
