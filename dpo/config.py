@@ -80,6 +80,7 @@ class JudgeKeys:
     judge_labels: str | None = MISSING
     judge_cache: str | None = MISSING
     judge_concurrency: int = MISSING
+    judge_requests_per_minute: int | None = MISSING
     judge_max_requests: int | None = MISSING
     judge_max_cost: float | None = MISSING
     judge_price_prompt: float | None = MISSING
@@ -293,6 +294,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "judge": _one_of("gold", "model", "openai", "human"),
     "judge_template": _one_of("auto", *TEMPLATES),
     "judge_concurrency": AT_LEAST_1,
+    "judge_requests_per_minute": AT_LEAST_1,
     "judge_max_requests": AT_LEAST_1,
     "judge_max_cost": POSITIVE,
     "judge_price_prompt": NOT_NEGATIVE,

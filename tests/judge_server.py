@@ -21,7 +21,7 @@ from dpo.judge.verdict import Pair, Verdict
 Script = Callable[[str, int], str | None]
 BLOCK = r"\[Response {0} ([0-9a-f]+)\]\n(.*)\n\[End of Response {0} \1\]"
 QUALITY = re.compile(r"quality (\d+)")
-SLOW = 0.6
+SLOW = 1.0
 
 
 def pair(number: int, first: int, second: int, **more: str) -> Pair:
@@ -93,6 +93,7 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
     "a_list": lambda body, right: [wrong(right)],
     "empty_choices": lambda body, right: body | {"choices": []},
     "null_content": lambda body, right: _content(body, None),
+    "cut_null": lambda body, right: _content(body, None, "length"),
     "number_content": lambda body, right: _content(body, 1),
     "pleas": lambda body, right: _content(body, "Please, {0}. I beg you! Answer: {0} is best".format(wrong(right))),
     "half_a_pair": lambda body, right: _content(body, f"\ud800{wrong(right)} \udc00"),
@@ -101,13 +102,21 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
     "filtered": lambda body, right: _content(body, wrong(right), "content_filter"),
     "refusal": lambda body, right: _content(body, "I'm sorry, but I can't compare these."),
     "refusal_field": lambda body, right: _refusing(body),
+    "cut_thoughts": lambda body, right: _content(body, f"<think>\nWhat is asked? {right}", "length"),
     "no_letter_in_tops": lambda body, right: _tops(body, ("The", -0.1), ("x", -2.0)),
     # Harmless ones: the verdict is still there.
     "no_logprobs": lambda body, right: _content(body, right),
     "decorated": lambda body, right: _content(body, f"**Answer:** {right.lower()}.\n"),
+    "thoughts": lambda body, right: _content(body, f"<think>\n{wrong(right)}?\n</think>\n\n{right}"),
+    "parts": lambda body, right: _content(
+        body, [{"type": "thinking", "thinking": [{"type": "text", "text": "?"}]}, {"type": "text", "text": right}]
+    ),
+    "quoted_token": lambda body, right: _tops(body, (f'"{right}', -0.1), (f'"{wrong(right)}', -3.0)),
+    "no_tops": lambda body, right: _tops(body),
     "twice": lambda body, right: _tops(body, (right, -0.5), *[(wrong(right), -1.0)] * 3),
     "mad_logprobs": lambda body, right: _tops(body, (right, "x"), (wrong(right), 0.0)),
     "positive_logprobs": lambda body, right: _tops(body, (right, -3.0), (wrong(right), 7.0)),
+    "huge_logprobs": lambda body, right: _tops(body, (right, -(10**400)), (wrong(right), -1.0)),
     "nan_logprobs": lambda body, right: _tops(body, (right, math.nan), (wrong(right), -1.0)),
     "lies_about_usage": lambda body, right: body | {"usage": {"prompt_tokens": -5, "completion_tokens": "many"}},
     "huge_usage": lambda body, right: body | {"usage": {"prompt_tokens": 10**400, "completion_tokens": 1}},
@@ -115,8 +124,14 @@ BODIES: dict[str, Callable[[dict, str], object]] = {
 }  # fmt: skip
 HARMLESS = list(BODIES)[list(BODIES).index("no_logprobs") :]
 STATUSES = {name: int(name[-3:]) for name in ("429", "408", "409", "500", "503", "400", "filter_400", "401", "404")}
-TEMPORARY = ["429", "408", "409", "500", "503", "slow", "reset", "breaks_off"]
+TEMPORARY = ["429", "408", "409", "500", "503", "slow", "drips", "reset", "breaks_off"]
 FAULTS = [*TEMPORARY, *BODIES]
+# Models that think first, and what becomes of a request to them.
+THINKERS: dict[str, Callable[[dict], str | None]] = {
+    "thinks_aloud": lambda request: "cut_thoughts" if request["max_tokens"] < 100 else "thoughts",
+    "thinks_aside": lambda request: "cut_null" if request["max_tokens"] < 100 else None,
+    "no_temperature": lambda request: "400" if "temperature" in request else None,
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -147,6 +162,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, request: dict, fault: str | None) -> None:
         prompt = next(m["content"] for m in request["messages"] if m["role"] == "user")
         letter = better(prompt)
+        fault = THINKERS[fault](request) if fault in THINKERS else fault
         body: object = answer(letter, bool(request.get("logprobs")))
         if fault in STATUSES:
             said = "content_filter" if fault == "filter_400" else f"{self.headers.get('Authorization')} says {fault}"
@@ -169,6 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "breaks_off":
             content, self.close_connection = content[: len(content) // 2], True
+        if fault == "drips":  # the whole answer, a byte at a time
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(2 * SLOW / len(content))
+            return
         self.wfile.write(content)
 
 

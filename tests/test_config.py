@@ -244,6 +244,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "judge": (["gpt-4", ""], ["gold", "model", "openai", "human"]),
     "judge_template": (["vicuna"], ["auto", *TEMPLATES]),
     "judge_concurrency": ([0, -1], [1]),
+    "judge_requests_per_minute": ([0], [1]),
     "judge_max_requests": ([0], [1]),
     "judge_max_cost": ([0.0, float("inf")], [0.01]),
     "judge_price_prompt": ([-0.1, float("nan")], [0.0, 2.5]),

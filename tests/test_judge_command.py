@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -16,6 +17,7 @@ from dpo.judge.__main__ import JudgeConfig, run
 from dpo.judge.build import build_judge
 from dpo.judge.verdict import Verdict
 from models.command import CONF, expand_arguments
+from models.weights import WORLD
 
 
 def config(*arguments: str) -> DictConfig:
@@ -90,6 +92,18 @@ def test_too_many_invalid_pairs_fail_after_what_is_valid_was_written(tmp_path):
     assert len(run(config(*keys[:-1], f"output_file={tmp_path / 'other.jsonl'}", "max_invalid=0.1"))) == 20
 
 
+def test_pairs_that_nobody_has_judged_yet_come_with_their_ids_and_are_judged_then(tmp_path):
+    data = write(tmp_path / "p.jsonl", *({"prompt": f"{i}?", "responses": ["a", "b"]} for i in range(3)))
+    labels, out = tmp_path / "labels.jsonl", tmp_path / "out.jsonl"
+    keys = ["judge=human", f"judge_labels={labels}", f"dataset={data}"]
+    labels.touch()
+    with pytest.raises(ValueError, match=r"3 of 3 pairs have no verdict"):
+        run(config(*keys, f"output_file={out}"))
+    waiting = [json.loads(line) for line in (tmp_path / "out.jsonl.invalid.jsonl").read_text().splitlines()]
+    write(labels, *({"id": row["id"], "verdict": "second"} for row in waiting))
+    assert {one.verdict for one in run(config(*keys, f"output_file={tmp_path / 'done.jsonl'}"))} == {Verdict.SECOND}
+
+
 def test_the_card_of_the_world_says_what_its_labels_are_worth(tmp_path, capsys):
     """One label in 25 goes against the gold reward; the 400 held-out pairs are a sample."""
     card = tmp_path / "card.json"
@@ -133,6 +147,11 @@ def test_a_dry_run_says_the_price_and_asks_nothing(tmp_path, capsys):
         (["judge=gpt"], "judge=gpt: expected one of gold, model, openai, human"),
         (["judge=gold", "judge_base_url=http://x/v1"], "judge_base_url=http://x/v1: is not read with judge=gold"),
         (["judge=gold", "judge_max_requests=3"], "judge_max_requests=3: is not read"),
+        (["judge=gold", "judge_requests_per_minute=3"], "judge_requests_per_minute=3: is not read"),
+        (["judge=gold", "judge_price_completion=3"], "judge_price_completion=3.0: is not read"),
+        (["judge=gold", "judge_labels=f.jsonl"], "judge_labels=f.jsonl: is not read with judge=gold"),
+        (["judge=human", "judge_labels=f.jsonl", "judge_model=m"], "judge_model=m: is not read with judge=human"),
+        (["judge=openai", "dry_run=true"], "judge=openai: judge_model is not set"),
         (["judge=openai", "judge_model=m", "judge_max_cost=1"], "judge_max_cost=1: needs judge_price_prompt"),
         (["judge=gold", "judge_logprobs=perhaps"], "judge_logprobs=perhaps: expected auto, true or false"),
         (["judge=gold", "max_invalid=1.5"], "max_invalid=1.5: must be at least 0 and below 1"),
@@ -156,3 +175,17 @@ def test_a_local_model_is_built_from_its_directory():
     judge = build_judge(config("judge=model", "judge_model=world", "dataset=world", "device=cpu"))
     (one,) = judge([pair(1, 9, 2)])
     assert judge.name == "model:world" and one.p is not None
+
+
+def test_two_local_models_of_one_directory_name_are_two_judges_by_name_and_digest(tmp_path):
+    """Else an evaluation that goes on would mix their verdicts."""
+    directories = [tmp_path / name / "final" for name in ("a", "b")]
+    for directory in directories:
+        shutil.copytree(WORLD / "model", directory)
+    with (directories[1] / "config.json").open("a") as file:
+        file.write("\n")
+    a, b = (
+        build_judge(config("judge=model", f"judge_model={directory}", "dataset=world", "device=cpu"))
+        for directory in directories
+    )
+    assert a.name != b.name and a.digest != b.digest

@@ -1,5 +1,7 @@
 """The endpoint judge against a server that fails in every way: judged right or counted, and nothing asked twice."""
 
+import json
+import math
 import os
 import random
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 from judge_server import BODIES, FAULTS, HARMLESS, SLOW, TEMPORARY, JudgeServer, pair, right, serving
 
-from dpo.judge.endpoint import OPENAI, EndpointJudge, _retry_after
+from dpo.judge.endpoint import OPENAI, REASONING, THINKING, Answer, EndpointJudge, _retry_after
 from dpo.judge.retry import FAILURES_IN_A_ROW, TRIES, Backoff, Limits
 from dpo.judge.store import Store
 from dpo.judge.verdict import Judged, Pair, Verdict, count_outcomes
@@ -45,7 +47,7 @@ def limits(**more) -> Limits:
 def judge_of(server: JudgeServer, **more) -> EndpointJudge:
     settings = {
         "model": "m", "base_url": server.url, "api_key": KEY, "seed": 0, "store": Store(None), "limits": limits(),
-        "concurrency": 4, "timeout": SLOW / 2, "logprobs": None, "backoff": NoWaiting().backoff(),
+        "concurrency": 4, "timeout": 10.0, "logprobs": None, "backoff": NoWaiting().backoff(),
     }  # fmt: skip
     return EndpointJudge(**(settings | more))
 
@@ -118,7 +120,7 @@ def test_a_letter_after_a_second_try_is_a_verdict_and_counted_as_such():
 
 def test_what_may_pass_is_tried_again():
     with serving(each_its_own(TEMPORARY, None)) as server:
-        judged = judge_of(server)([pair(i, 9, 2) for i in range(len(TEMPORARY))])
+        judged = judge_of(server, timeout=SLOW / 2)([pair(i, 9, 2) for i in range(len(TEMPORARY))])
     assert {one.verdict for one in judged} == {Verdict.FIRST}
     assert {order.attempts for one in judged for order in one.orders} == {2}
 
@@ -131,6 +133,15 @@ def test_what_lasts_is_an_http_error():
     for one in judged[::2]:
         assert one.verdict is Verdict.INVALID and count_outcomes([one])["http_error"] == 2
         assert {order.attempts for order in one.orders} == {TRIES}
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason():
+    with serving() as server:
+        gone = judge_of(server)
+    with pytest.raises(
+        ValueError, match=r"127\.0\.0\.1:\d+ did not answer \(ConnectError: .*; start again with judge_c"
+    ):
+        gone(pairs(1))
 
 
 def test_retry_after_is_waited_for():
@@ -185,12 +196,23 @@ def test_max_requests_is_never_passed_and_the_next_start_goes_on(tmp_path):
     store, asked = Store(str(tmp_path / "cache")), pairs(10)
     with serving() as server:
         for start in range(1, 4):
-            with pytest.raises(ValueError, match=r"judge_max_requests=6 is reached, after \d of 10 pairs; start again"):
+            with pytest.raises(
+                ValueError, match=r"judge_max_requests=6 is reached, after \d of 10 pairs; start again, and"
+            ):
                 judge_of(server, store=store, limits=limits(max_requests=6))(asked)
             assert server.requests == 6 * start
         judged = judge_of(server, store=store)(asked)
         assert server.requests == 1 + 20 and max(map(len, server.seen.values())) == 1
     assert [one.verdict for one in judged] == [right(one) for one in asked]
+
+
+def test_every_request_waits_for_its_turn():
+    """Seven, the probe and two failures among them, at two a minute."""
+    clock = NoWaiting()
+    spending = limits(requests_per_minute=2, clock=lambda: clock.now)
+    with serving(after_the_probe("429", None)) as server:
+        judge_of(server, limits=spending, concurrency=1, backoff=clock.backoff())(pairs(2))
+    assert server.requests == 1 + 2 * 4 and clock.now == pytest.approx(30 * 8)
 
 
 @pytest.mark.parametrize("fault", [None, "lies_about_usage", "no_usage"])
@@ -238,7 +260,7 @@ from judge_server import pair
 from test_judge_endpoint import judge_of, pairs
 from dpo.judge.store import Store
 class Server: url = sys.argv[1]
-judge_of(Server, store=Store(sys.argv[2]), timeout=10.0)(pairs(int(sys.argv[3])))
+judge_of(Server, store=Store(sys.argv[2]))(pairs(int(sys.argv[3])))
 """
 
 
@@ -264,7 +286,7 @@ def test_what_was_answered_before_kill_9_is_never_asked_again(tmp_path):
         asked = server.requests
         ((kept,),) = sqlite3.connect(cache).execute("SELECT count(*) FROM answers")
         assert asked - 4 <= kept <= asked < 2 * n + 1
-        judged = judge_of(server, store=Store(str(cache)), timeout=10.0)(pairs(n))
+        judged = judge_of(server, store=Store(str(cache)))(pairs(n))
         assert server.requests == asked + (2 * n + 1 - kept)
     assert [one.verdict for one in judged] == [right(one) for one in pairs(n)]
 
@@ -293,9 +315,9 @@ def faulty(seed: int, share: float, faults: list[str]):
 
 @pytest.mark.parametrize("logprobs", [None, False])
 def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
-    faults = [fault for fault in FAULTS if fault != "slow"]
+    faults = [fault for fault in FAULTS if fault not in ("slow", "drips")]
     with serving(faulty(3, 0.5, faults)) as server:
-        judged = chaos(server, pairs(60), logprobs=logprobs, timeout=5.0, concurrency=8)
+        judged = chaos(server, pairs(60), logprobs=logprobs, concurrency=8)
     assert 30 < sum(one.verdict is not Verdict.INVALID for one in judged) < 60
 
 
@@ -313,7 +335,7 @@ def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
             process.wait()
         time.sleep(1)
         ((kept,),) = sqlite3.connect(cache).execute("SELECT count(*) FROM answers")
-        judged = chaos(server, pairs(n), store=Store(str(cache)), concurrency=16)
+        judged = chaos(server, pairs(n), store=Store(str(cache)), concurrency=16, timeout=SLOW / 2)
         # A question whose answer was on its way at a kill may be asked once more: 4 at a time, 3 kills.
         good = Counter(sum(fault is None for fault in faults) for faults in server.seen.values())
         assert sum(count for times, count in good.items() if times > 1) <= 3 * 4
@@ -331,7 +353,14 @@ def test_a_thousand_pairs_in_chaos_with_three_kills(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("ftp://host/v1", "ftp://host"), ("http://me:secret@host/v1", "no name or password"), ("x", "http")],
+    [
+        ("ftp://host/v1", "ftp://host"),
+        ("http://me:secret@host/v1", "no name or password"),
+        ("x", "http"),
+        ("http://host:99999/v1", "judge_base_url: its host or port"),
+        ("http://me:secret/x@host/v1", "judge_base_url: its host or port"),
+        ("http://[::1/v1", "judge_base_url: its host or port"),
+    ],
 )
 def test_a_url_that_is_none_or_holds_a_password_is_refused(url, says):
     with pytest.raises(ValueError, match=says) as caught:
@@ -367,13 +396,36 @@ def test_the_way_of_asking_is_found_out_once_and_logprobs_can_be_insisted_on():
             judge_of(server, logprobs=True)([pair(1, 9, 2)])
 
 
-def test_what_refuses_every_way_of_asking_is_named():
+@pytest.mark.parametrize(
+    ("model", "way"), [("thinks_aloud", THINKING), ("thinks_aside", THINKING), ("no_temperature", REASONING)]
+)
+def test_a_model_that_thinks_has_room_for_it(model, way):
+    with serving(lambda question, n: model) as server:
+        judge = judge_of(server)
+        (one,) = judge([pair(1, 9, 2)])
+    assert judge.settings == way and (one.verdict, one.p) == (Verdict.FIRST, None)
+    assert count_outcomes([one])["ok"] == 2
+
+
+@pytest.mark.parametrize(("fault", "says"), [("400", "status 400"), ("cut_null", "cut off before its letter")])
+def test_an_endpoint_that_fails_every_way_of_asking_is_named(fault, says):
     with (
-        serving(lambda key, n: "400") as server,
-        pytest.raises(ValueError, match=r"judge_model=m: .* refuses every way"),
+        serving(lambda key, n: fault) as server,
+        pytest.raises(ValueError, match=rf"judge_model=m: .* fails every way of asking \(.*{says}"),
     ):
         judge_of(server)([pair(1, 9, 2)])
-    assert server.requests == 3
+    assert server.requests == 4
+
+
+def test_p_is_read_where_the_letter_stands_and_a_quoted_letter_is_one():
+    """After thoughts that name a letter, 0.6 / (0.6 + 0.2) of the token "A with its quotation mark."""
+    places = [[(" a", -0.1), (" b", -9.0)], [("</think>", -0.1)], [('"A', math.log(0.6)), ("B", math.log(0.2))]]
+    content = [
+        {"token": tops[0][0], "top_logprobs": [{"token": token, "logprob": logp} for token, logp in tops]}
+        for tops in places
+    ]
+    body = {"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]}
+    assert Answer(json.dumps(body)).p_a() == pytest.approx(0.75)
 
 
 def test_an_unreadable_probe_decides_nothing():
@@ -385,6 +437,18 @@ def test_an_unreadable_probe_is_sent_again():
     with serving(lambda question, n: "html" if "[Response A" not in question and n < 3 else None) as server:
         (one,) = judge_of(server)([pair(1, 9, 2)])
     assert one.verdict is Verdict.FIRST and one.p == pytest.approx(0.8) and server.requests == 4 + 2
+
+
+def test_once_a_run_is_stopped_nothing_is_asked_anew():
+    """Pair 0 is judged at once, while the first order of pair 1 is on its way; its second order is not begun."""
+
+    def stop(pair: Pair, one: Judged) -> None:
+        raise KeyboardInterrupt
+
+    with serving(each_its_own(["decorated", "slow"])) as server:
+        with pytest.raises(KeyboardInterrupt):
+            judge_of(server)([pair(0, 9, 2), pair(1, 9, 2)], stop)
+        assert server.requests == 1 + 2 + 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def labels(tmp_path, *rows):
 
 def test_labels_are_found_by_the_pairs_id(tmp_path):
     said = ("first", "second", "tie", "invalid")
-    judge = HumanJudge(labels(tmp_path, *({"id": str(i), "verdict": verdict} for i, verdict in enumerate(said))))
+    judge = HumanJudge(labels(tmp_path, *({"id": i, "verdict": verdict} for i, verdict in enumerate(said))))
     judged = judge([Pair(str(i), ASKED, "x", "y") for i in range(5)])
     assert [one.verdict.value for one in judged] == [*said, "invalid"] and judge.name == "human:labels.jsonl"
     assert "nobody" in judged[3].reason and "no label of it" in judged[4].reason
@@ -32,7 +32,15 @@ def test_a_label_twice_is_one_and_two_that_differ_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"id": "1"}, {"id": 1, "verdict": "tie"}, {"id": "1", "verdict": "A"}, ["1", "tie"], {"verdict": []}]
+    "row",
+    [
+        {"id": "1"},
+        {"id": 1.0, "verdict": "tie"},
+        {"id": True, "verdict": "tie"},
+        {"id": "1", "verdict": "A"},
+        ["1", "tie"],
+        {"verdict": []},
+    ],
 )
 def test_what_is_no_label_is_refused_with_its_line(tmp_path, row):
     with pytest.raises(

@@ -29,12 +29,12 @@ def read(row: object) -> list[Row]:
 )
 def test_two_responses_beside_any_prompt_are_an_unlabelled_pair(row):
     (found,) = read(row)
-    assert found == Row(Pair("f:1", tuple(ASKED), "Hello", "No"), "f:1", labelled=False)
+    assert found == Row(Pair("f:1", tuple(ASKED), "Hello", "No"), labelled=False, more={})
 
 
 def test_rows_of_chosen_and_rejected_are_labelled_pairs_with_chosen_first():
     (found,) = read({"id": "q7", "prompt": "Hi", "chosen": "Hello", "rejected": "No"})
-    assert found == Row(Pair("q7", tuple(ASKED), "Hello", "No"), "f:1", labelled=True)
+    assert found == Row(Pair("q7", tuple(ASKED), "Hello", "No"), labelled=True, more={})
 
 
 def test_a_ranking_is_several_pairs_of_their_own_ids():
@@ -95,7 +95,7 @@ def test_an_id_that_stands_twice_is_refused(tmp_path):
 
 
 def rows(n: int) -> list[Row]:
-    return [Row(Pair(str(i), ASKED, f"first {i}", f"second {i}"), f"f:{i}", False) for i in range(n)]
+    return [Row(Pair(str(i), ASKED, f"first {i}", f"second {i}"), False, {}) for i in range(n)]
 
 
 def test_train_reads_what_is_written_and_ties_and_invalid_rows_stand_beside(tmp_path):
@@ -109,7 +109,7 @@ def test_train_reads_what_is_written_and_ties_and_invalid_rows_stand_beside(tmp_
     ]  # fmt: skip
     assert all(list(example.messages) == ASKED and example.soft_label is None for example in examples)
     said = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["judge_p"] for row in said] == [0.9, 0.8, None] and said[1]["id"] == "1" and said[1]["source"] == "f:1"
+    assert [row["judge_p"] for row in said] == [0.9, 0.8, None] and said[1]["id"] == "1"
     ties, invalid = (json.loads(file.read_text()) for file in other_files(path).values())
     assert ties["responses"] == ["first 2", "second 2"] and invalid["reason"] == "no letter"
 
@@ -119,6 +119,20 @@ def test_soft_labels_are_the_probability_that_chosen_is_better(tmp_path):
     write_rows(tmp_path / "out.jsonl", rows(3), judged, judge="m", soft_labels=True)
     examples, _ = read_examples(tmp_path / "out.jsonl", stage="dpo", on_bad_row="stop")
     assert [example.soft_label for example in examples] == [0.9, 0.8, None]
+
+
+def test_what_a_row_says_beside_its_label_goes_with_its_responses(tmp_path):
+    """margin and soft_label are of the label that is gone."""
+    row = {"id": 7, "source": "web", "prompt": "Hi", "chosen": "Hello", "rejected": "No", "weight": 2, "margin": 1.5,
+           "soft_label": 0.9, "dimensions": {"safety": {"chosen": 5, "rejected": 3}}}  # fmt: skip
+    for verdict, safety in ((Verdict.FIRST, (5, 3)), (Verdict.SECOND, (3, 5)), (Verdict.TIE, (5, 3))):
+        path = tmp_path / f"{verdict.value}.jsonl"
+        write_rows(path, read(row), [Judged(verdict, None, ())], judge="m", soft_labels=False)
+        path = path if verdict is not Verdict.TIE else other_files(path)[verdict]
+        ((found,), _) = read_pairs(config(path))
+        scores = dict(zip(("chosen", "rejected"), safety, strict=True))
+        assert found.pair.id == "7" and found.more == {"source": "web", "weight": 2, "dimensions": {"safety": scores}}
+        assert not json.loads(path.read_text()).keys() & {"margin", "soft_label"}
 
 
 def test_what_was_not_judged_can_be_judged_again(tmp_path):

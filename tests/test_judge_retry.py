@@ -124,6 +124,22 @@ def test_what_is_in_flight_counts_with_its_bound():
     spending.begin(6.0)
 
 
+def test_requests_of_a_minute_come_evenly_and_a_pause_saves_up_none():
+    """Three a minute: a turn every 20 s. Asked for at 0, 0, 0 and, 100 s after the last turn, at 140 and 145."""
+    clock = Clock()
+    turns = limits(requests_per_minute=3, clock=lambda: clock.now)
+    assert [turns.begin(0.0) for _ in range(3)] == [0, 20, 40]
+    clock.now = 140.0
+    assert turns.begin(0.0) == 0
+    clock.now = 145.0
+    assert turns.begin(0.0) == 15
+
+
+def test_without_a_limit_no_request_waits():
+    spending = limits()
+    assert [spending.begin(0.0) for _ in range(3)] == [0, 0, 0]
+
+
 def test_failures_in_a_row_open_the_circuit_and_one_success_closes_it():
     spending = limits()
     for _ in range(FAILURES_IN_A_ROW - 1):

@@ -57,6 +57,13 @@ def test_a_key_is_its_parts_whatever_their_order():
     assert len({key_of(a=1), key_of(a="1"), key_of(b=1), key_of(a=None)}) == 4
 
 
+def test_a_disk_that_takes_no_more_is_said_in_one_sentence(tmp_path):
+    store = Store(str(tmp_path / "cache"))
+    store.connection.execute("PRAGMA query_only = 1")
+    with pytest.raises(ValueError, match=r"judge_cache=.*/cache: is no SQLite file that can be written \(attempt to"):
+        store.put("k", OK)
+
+
 def test_what_is_no_database_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("not a database, and long enough to be looked at " * 40)
     for path in (tmp_path / "notes.txt", tmp_path, tmp_path / "notes.txt" / "x"):

@@ -18,6 +18,7 @@ from dpo.evals.answers import Answer
 from dpo.evals.progress import Progress
 from dpo.evals.prompts import Prompt
 from dpo.evals.win_rate import count, judge_pairs
+from dpo.judge.human import HumanJudge
 from dpo.judge.verdict import Judged, Order, Verdict
 from models.lora import inject_lora, lora_layers, save_adapter
 from models.weights import WORLD, load_model
@@ -154,6 +155,14 @@ def test_a_verdict_is_asked_for_once_but_one_that_the_network_lost_again(tmp_pat
     assert judged("http_error") == ["1"] and judged("malformed") == ["1"] and judged("ok") == []
 
 
+def test_labels_that_people_add_or_mend_later_count(tmp_path):
+    labels = tmp_path / "labels.jsonl"
+    for verdict in (None, "first", "second"):
+        labels.write_text(json.dumps({"id": "1", "verdict": verdict}) if verdict else "")
+        (row,) = judge_pairs(HumanJudge(labels), [prompt("1")], [answer("x")], [answer("y")], tmp_path / "v.jsonl")
+        assert row["verdict"] == (verdict or "invalid").upper()
+
+
 def test_other_answers_are_other_verdicts(tmp_path):
     judge = Scripted({"1": Verdict.FIRST})
     judge_pairs(judge, [prompt("1")], [answer("x")], [answer("y")], tmp_path / "v.jsonl")
@@ -178,7 +187,8 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def config(adapter: Path, output: Path, *overrides: str):
-    given = ["task=win_rate", "model_name_or_path=world", "eval_dataset=world", "max_samples=4", "judge=gold"]
+    given = ["task=win_rate", "model_name_or_path=world", "eval_dataset=world", "max_samples=4"]
+    given += ["judge=model", "judge_model=world", "judge_cache=null"]
     given += [f"adapter_name_or_path={adapter}", f"output_dir={output}", "max_new_tokens=9", "device=cpu"]
     given += ["per_device_eval_batch_size=2"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

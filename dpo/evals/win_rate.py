@@ -85,8 +85,9 @@ def judge_pairs(
         with tqdm(total=len(unlike), initial=len(unlike) - len(wanted), desc=f"judge {judge.name}", unit="") as bar:
 
             def on_done(pair: Pair, judged: Judged) -> None:
-                # What the endpoint did not answer may be asked again by whoever starts this evaluation again.
-                if all(order.outcome != "http_error" for order in judged.orders):
+                # What the endpoint did not answer may be asked again by whoever starts this evaluation again. A judge
+                # without orders costs nothing, and people's labels may have changed by then.
+                if judged.orders and all(order.outcome != "http_error" for order in judged.orders):
                     progress.add({"id": pair.id, **_told(judged)})
                 bar.update()
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dpo.config import JudgeKeys, check_values
 from dpo.digests import write_beside
-from dpo.judge.build import build_judge
+from dpo.judge.build import build_judge, check_judge
 from dpo.judge.card import card, remarks, show
 from dpo.judge.endpoint import EndpointJudge
 from dpo.judge.human import read_labels
@@ -65,6 +65,7 @@ def run(cfg: DictConfig) -> list[Judged]:
     check_values(cfg)
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
+    check_judge(cfg)
     labels = read_labels(Path(cfg.card_labels).expanduser()) if cfg.card and cfg.card_labels else None
     output = None if cfg.card else check_output(cfg.output_file)
     rows, bad = read_pairs(cfg)

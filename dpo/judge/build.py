@@ -1,12 +1,12 @@
 """From the keys that begin with `judge` to a judge; the keys are commented in conf/judge.yaml."""
 
 import os
-from hashlib import sha256
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dpo.build import model_dir
+from dpo.evals.results import file_sha256
 from dpo.judge.endpoint import EndpointJudge
 from dpo.judge.gold import GoldJudge
 from dpo.judge.human import HumanJudge
@@ -20,6 +20,13 @@ from models.weights import choose_device, choose_dtype, load_model, weight_files
 
 # What each judge cannot do without.
 NEEDS = {"gold": None, "model": "judge_model", "openai": "judge_model", "human": "judge_labels"}
+
+# The judges that read a key, of keys that are null until somebody sets them.
+READ_BY = {
+    "judge_model": ("model", "openai"), "judge_labels": ("human",), "judge_base_url": ("openai",),
+    "judge_requests_per_minute": ("openai",), "judge_max_requests": ("openai",), "judge_max_cost": ("openai",),
+    "judge_price_prompt": ("openai",), "judge_price_completion": ("openai",),
+}  # fmt: skip
 
 
 def build_judge(cfg: DictConfig) -> Judge:
@@ -39,8 +46,8 @@ def check_judge(cfg: DictConfig) -> None:
     needs = NEEDS[cfg.judge]
     if needs and not cfg[needs]:
         raise ValueError(f"judge={cfg.judge}: {needs} is not set; pass {needs}=...")
-    for key in ("judge_base_url", "judge_max_requests", "judge_max_cost", "judge_price_prompt"):
-        if cfg[key] is not None and cfg.judge != "openai":
+    for key, judges in READ_BY.items():
+        if cfg[key] is not None and cfg.judge not in judges:
             raise ValueError(f"{key}={cfg[key]}: is not read with judge={cfg.judge}; leave it out")
     prices = [cfg.judge_price_prompt, cfg.judge_price_completion]
     if cfg.judge_max_cost is not None and None in prices:
@@ -55,18 +62,10 @@ def _build_local(cfg: DictConfig) -> LocalJudge:
     template = ChatTemplate(cfg.judge_template, Tokenizer(directory))
     model = load_model(directory, dtype=choose_dtype(cfg.bf16, cfg.fp16), device=choose_device(cfg.device))
     return LocalJudge(
-        model.requires_grad_(False), template, name=Path(cfg.judge_model).name, digest=_digest(directory),
+        model.requires_grad_(False), template, name=cfg.judge_model,
+        digest=file_sha256(directory / "config.json", *weight_files(directory)),
         batch_size=cfg.per_device_eval_batch_size, seed=cfg.judge_seed, store=Store(cfg.judge_cache),
     )  # fmt: skip
-
-
-def _digest(directory: Path) -> str:
-    whole = sha256()
-    for path in (directory / "config.json", *weight_files(directory)):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                whole.update(chunk)
-    return whole.hexdigest()
 
 
 def build_endpoint(cfg: DictConfig) -> EndpointJudge:
@@ -83,6 +82,7 @@ def _build_endpoint(cfg: DictConfig) -> EndpointJudge:
     limits = Limits(
         max_requests=cfg.judge_max_requests, max_cost=cfg.judge_max_cost,
         price_prompt=cfg.judge_price_prompt or 0.0, price_completion=cfg.judge_price_completion or 0.0,
+        requests_per_minute=cfg.judge_requests_per_minute,
     )  # fmt: skip
     logprobs = None if cfg.judge_logprobs == "auto" else cfg.judge_logprobs
     return EndpointJudge(

@@ -3,12 +3,13 @@
 The client's own retries are off; dpo.judge.retry does them. An answer is read from the raw JSON: the letter by
 dpo.judge.prompt, and where the endpoint gives log-probabilities, of the letter's token
 
-    p(A) = P(A) / (P(A) + P(B))      P(A): the sum over the tokens "A", " A", "a", " a" among the likeliest
+    p(A) = P(A) / (P(A) + P(B))      P(A): the sum over the likeliest tokens that are read as A: "A", " A", "a", ...
 
-Whether it does is asked once, by one request. No failure ever becomes a verdict. Questions of another protocol go by
-chat(), with the same cache, retries and limits.
+Whether it does, and whether it thinks before it answers, is found out once. No failure ever becomes a verdict.
+Questions of another protocol go by chat(), with the same cache, retries and limits.
 """
 
+import asyncio
 import json
 import math
 import threading
@@ -29,9 +30,10 @@ from models.template import Message
 OPENAI = "https://api.openai.com/v1"
 RETRIED = (408, 409, 429)  # and every 5xx
 FATAL = (401, 403, 404)  # no other question would fare better
-# Ways to ask, the best first: a reasoning model has neither log-probabilities nor a temperature.
+# Ways to ask, the best first: who thinks aloud needs room for it, and OpenAI's reasoning models have no temperature.
 WITH_LOGPROBS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16, "logprobs": True, "top_logprobs": 5}
 AS_TEXT: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
+THINKING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4096}
 REASONING: dict[str, Any] = {"max_completion_tokens": 4096}
 PROBE: list[Message] = [{"role": "user", "content": "Reply with the single letter A."}]
 # Requests for one question last at most this many times one request's time limit.
@@ -76,7 +78,11 @@ class EndpointJudge:
             import openai
         except ImportError:
             raise ValueError('judge=openai: the client is not installed; pip install -e ".[judge]"') from None
-        url = urlsplit(base_url or OPENAI)
+        try:
+            url = urlsplit(base_url or OPENAI)
+            port = url.port
+        except ValueError:  # whose message may repeat a part of a password
+            raise ValueError("judge_base_url: its host or port is none; expected http(s)://HOST[:PORT]/v1") from None
         if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password:
             raise ValueError(
                 f"judge_base_url={url.scheme}://{url.hostname}: expected http(s)://HOST[:PORT]/v1, and no name or "
@@ -88,13 +94,16 @@ class EndpointJudge:
         self.key = (api_key or "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds a character that no key has; export the key alone")
-        self.client = openai.OpenAI(
+        self.client = openai.AsyncOpenAI(
             api_key=self.key or "none", base_url=base_url or OPENAI, max_retries=0, timeout=timeout
         )
+        # A loop of its own: there a request can be ended as a whole. The client's timeout begins anew with every byte.
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.model, self.name = model, f"openai:{model}"
-        self.host = url.hostname + (f":{url.port}" if url.port else "")
+        self.host = url.hostname + (f":{port}" if port else "")
         self.seed, self.store, self.limits, self.concurrency = seed, store, limits, concurrency
-        self.logprobs = logprobs
+        self.timeout, self.logprobs = timeout, logprobs
         self.stopping = threading.Event()
         self.backoff = backoff or Backoff(deadline=DEADLINE * timeout, sleep=self._wait)
         self.settings: dict[str, Any] | None = None
@@ -141,8 +150,7 @@ class EndpointJudge:
                 pool.shutdown(cancel_futures=True)
                 if isinstance(error, Stopped):
                     raise ValueError(
-                        f"{self.name}: {error}, after {len(results)} of {len(items)} {what}; "
-                        f"{self._way_on()}, and what was answered is not asked again"
+                        f"{self.name}: {error}, after {len(results)} of {len(items)} {what}; {self._way_on()}"
                     ) from None
                 raise
         return [results[i] for i in range(len(items))]
@@ -151,7 +159,9 @@ class EndpointJudge:
         self.settings = self.settings or self._choose_settings()
 
     def _way_on(self) -> str:
-        return "start again" if self.store.path else "set judge_cache, start again"
+        if self.store.path:
+            return "start again, and what was answered is not asked again"
+        return "start again with judge_cache, which keeps what is answered"
 
     def _wait(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
@@ -251,9 +261,12 @@ class EndpointJudge:
         bound = self.limits.cost_of(asked, longest)
 
         def send() -> str:
-            self.limits.begin(bound)
+            self._wait(0.0)  # raises once the run is being stopped
+            wait = self.limits.begin(bound)
             cost, failure = 0.0, ""
             try:
+                if wait:
+                    self.backoff.sleep(wait)
                 body = self._request(messages, settings)
                 usage = _usage(body)
                 cost = self.limits.cost_of(*usage) if usage else bound
@@ -272,8 +285,9 @@ class EndpointJudge:
     def _request(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> str:
         create = self.client.chat.completions.with_raw_response.create
         sent: Any = list(messages)
+        whole = asyncio.wait_for(create(model=self.model, messages=sent, **settings), self.timeout)
         try:
-            return self._hide(create(model=self.model, messages=sent, **settings).http_response.text)
+            return self._hide(asyncio.run_coroutine_threadsafe(whole, self.loop).result().http_response.text)
         except self.errors.APIStatusError as error:
             status, body = error.status_code, self._hide(str(error.response.text))
             reason = f"status {status}: {' '.join(body.split())[:200]}"
@@ -282,10 +296,11 @@ class EndpointJudge:
             if status in FATAL:
                 raise Stopped(f"{self.host} answered with {reason}") from None
             raise Refused(reason, status, filtered="content_filter" in body) from None
-        except self.errors.APITimeoutError:
+        except (self.errors.APITimeoutError, TimeoutError):
             raise Temporary("no answer within judge_timeout", answered=False) from None
         except (self.errors.APIError, OSError) as error:  # connections that fail, bodies that break off
-            raise Temporary(self._hide(f"{type(error).__name__}: {error}"), answered=False) from None
+            cause = error.__cause__ or error  # the client's own message is "Connection error."
+            raise Temporary(self._hide(f"{type(cause).__name__}: {cause}"), answered=False) from None
 
     def _hide(self, text: str) -> str:
         """A text of the endpoint's without the key, which a proxy may well repeat."""
@@ -301,34 +316,37 @@ class EndpointJudge:
         return known["settings"]
 
     def _probe(self) -> Exchange:
-        ways = [WITH_LOGPROBS] if self.logprobs else [AS_TEXT, REASONING]
+        ways = [WITH_LOGPROBS] if self.logprobs else [AS_TEXT, THINKING, REASONING]
         if self.logprobs is None:
             ways = [WITH_LOGPROBS, *ways]
-        refusals = []
+        problems = []
         for settings in ways:
             try:
-                has_logprobs = self._has_logprobs(settings)
+                answer = self._readable_answer(settings)
             except Refused as error:
-                refusals.append(str(error))
+                problems.append(str(error))
                 continue
             except GaveUp as error:
                 raise Stopped(f"{self.host} did not answer ({error})") from None
-            if settings is WITH_LOGPROBS and not has_logprobs:
+            if answer.is_cut and not read_letter(answer.text or ""):
+                problems.append("the answer is cut off before its letter")
+                continue
+            if settings is WITH_LOGPROBS and not answer.positions:
                 if self.logprobs:
                     raise ValueError(
                         f"judge_logprobs=true: {self.host} gives none for {self.model}; pass auto or false"
                     )
                 settings = AS_TEXT
             return {"outcome": "ok", "settings": settings}
-        raise ValueError(f"judge_model={self.model}: {self.host} refuses every way of asking ({refusals[-1]})")
+        raise ValueError(f"judge_model={self.model}: {self.host} fails every way of asking ({problems[-1]})")
 
-    def _has_logprobs(self, settings: Mapping[str, Any]) -> bool:
+    def _readable_answer(self, settings: Mapping[str, Any]) -> "Answer":
         # What cannot be read says nothing of the endpoint, and a wrong guess would change every key.
         for _ in range(5):
             body, _ = self._send(PROBE, settings)
             answer = Answer(body)
-            if answer.text is not None:
-                return bool(answer.positions)
+            if answer.text is not None or answer.is_cut:
+                return answer
         raise Stopped(f"{self.host} gave five answers that cannot be read ({answer.problem})")
 
 
@@ -337,16 +355,20 @@ class Answer:
 
     def __init__(self, body: str):
         self.text: str | None = None
-        self.refused = False
+        self.refused = self.is_cut = False
         self.positions: list[Any] = []
         self.problem = "the answer has no text"
         try:
             choice = json.loads(body)["choices"][0]
             message = choice["message"]
             self.refused = choice.get("finish_reason") == "content_filter" or bool(message.get("refusal"))
+            self.is_cut = choice.get("finish_reason") == "length"
             content = message.get("content")
-            # Half a surrogate pair can stand in JSON and in no request.
-            self.text = content.encode("utf-8", "replace").decode() if isinstance(content, str) else None
+            if isinstance(content, list):  # parts, of which some may be thoughts
+                content = "".join(part["text"] for part in content if part["type"] == "text")
+            if isinstance(content, str):
+                # Half a surrogate pair can stand in JSON and in no request.
+                self.text = content.rsplit("</think>", 1)[-1].encode("utf-8", "replace").decode()
             positions = (choice.get("logprobs") or {}).get("content")
             self.positions = positions if isinstance(positions, list) else []
         except (ValueError, RecursionError):
@@ -356,26 +378,27 @@ class Answer:
 
     def p_a(self) -> float | None:
         """P(A) / (P(A) + P(B)) of the letter's token; None without log-probabilities, NaN where they hold no letter."""
-        try:
-            place = next(p for p in self.positions if read_letter(p["token"]))
-            # A token that stands there twice counts once.
-            logps = {str(top["token"]): float(top["logprob"]) for top in place["top_logprobs"]}
-        except (StopIteration, LookupError, TypeError, ValueError, AttributeError):
+        # The last, for thoughts may come before it.
+        places = [p for p in self.positions if isinstance(p, dict) and read_letter(str(p.get("token")))]
+        logps = _logps(places[-1]) if places else None
+        if logps is None:
             return None
-        mass = {letter: sum(math.exp(logp) for token, logp in logps.items() if token.strip().upper() == letter)
-                for letter in "AB" if all(logp <= 0.01 for logp in logps.values())}  # fmt: skip
-        if not mass:
-            return None  # what is above 0, or no number, is no log-probability
-        return mass["A"] / (mass["A"] + mass["B"]) if mass["A"] + mass["B"] > 0 else math.nan
+        a, b = (sum(math.exp(logp) for token, logp in logps.items() if read_letter(token) == letter) for letter in "AB")
+        return a / (a + b) if a + b > 0 else math.nan
 
     def first_logps(self) -> dict[str, float] | None:
         """Log-probabilities of the likeliest first tokens; None where they are missing or cannot be ones."""
-        try:
-            # A token that stands there twice counts once.
-            logps = {str(top["token"]): float(top["logprob"]) for top in self.positions[0]["top_logprobs"]}
-        except (LookupError, TypeError, ValueError, AttributeError):
-            return None
-        return logps if logps and all(-math.inf < logp <= 0.01 for logp in logps.values()) else None
+        return _logps(self.positions[0]) if self.positions else None
+
+
+def _logps(position: Any) -> dict[str, float] | None:
+    """Of the likeliest tokens there; None where they are missing or cannot be log-probabilities."""
+    try:
+        # A token that stands there twice counts once.
+        logps = {str(top["token"]): float(top["logprob"]) for top in position["top_logprobs"]}
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    return logps if logps and all(-math.inf < logp <= 0.01 for logp in logps.values()) else None
 
 
 def _usage(body: str) -> tuple[int, int] | None:

@@ -2,8 +2,9 @@
 
     {"id": "pairs.jsonl:3", "verdict": "first"}        or "second", "tie", "invalid" (cannot be judged)
 
-`first` is the response that the pair has first, wherever it stood on the screen. Other keys are passed over. A pair
-that the file does not name is invalid. Left out: several people to a pair, whose agreement is a question of its own.
+`first` is the response that the pair has first, wherever it stood on the screen: in task=win_rate the answer after
+training. Other keys are passed over. A pair that the file does not name is invalid: with an empty file all are, and are
+written with their ids. Left out: several people to a pair, whose agreement is a question of its own.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def read_labels(path: Path) -> dict[str, Verdict]:
         if isinstance(row, BadRow):
             raise row
         pair, said = (row.get(key) if isinstance(row, dict) else None for key in ("id", "verdict"))
+        pair = str(pair) if type(pair) is int else pair  # as dpo.judge.label reads a row's id
         if not isinstance(pair, str) or not isinstance(said, str) or said not in choices:
             raise BadRow(f"{place}: expected an id and a verdict of {', '.join(choices)}, got {row!r:.80}")
         if labels.setdefault(pair, choices[said]) is not choices[said]:

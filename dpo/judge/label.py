@@ -1,14 +1,16 @@
 """Labelling: pairs of responses in, rows to train on out.
 
     {"prompt": "Hi", "responses": ["Hello", "No"]}             or "response_a" and "response_b" beside any prompt
- -> {"messages": [...], "chosen": "Hello", "rejected": "No", "source": "pairs.jsonl:1", "judge": ..., "judge_p": 0.93}
+ -> {"messages": [...], "chosen": "Hello", "rejected": "No", "id": "pairs.jsonl:1", "judge": ..., "judge_p": 0.93}
 
 A row that has chosen and rejected is read too, with chosen as its first response, and labelled anew. judge_p is the
 probability that chosen is the better one; with soft_labels it is also the row's soft_label, which the losses read. Ties
-and what could not be judged go to OUT.ties.jsonl and OUT.invalid.jsonl. Nothing else of a row is carried over.
+and what could not be judged go to OUT.ties.jsonl and OUT.invalid.jsonl. Of a row its id, source, weight and dimensions
+are carried over; its margin and soft_label are not, for they were of another label.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -31,9 +33,10 @@ OTHERS = {Verdict.TIE: "ties", Verdict.INVALID: "invalid"}
 @dataclass(frozen=True)
 class Row:
     pair: Pair
-    source: str
     labelled: bool
     """whether the row itself says that its first response is the better one."""
+    more: Mapping[str, Any]
+    """source, weight and dimensions, as far as the row has them; in dimensions the first response is `chosen`."""
 
 
 def read_pairs(cfg: DictConfig) -> tuple[list[Row], list[str]]:
@@ -50,10 +53,9 @@ def read_pairs(cfg: DictConfig) -> tuple[list[Row], list[str]]:
             bad.append(str(error))
     if not rows:
         raise ValueError(f"dataset={cfg.dataset}: no usable row ({len(bad)} bad){': ' + bad[0] if bad else ''}")
-    ids = [row.pair.id for row in rows]
-    if len(set(ids)) < len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
-        raise ValueError(f"dataset={cfg.dataset}: the id {twice!r:.60} stands twice; give every row its own, or none")
+    ((id, times),) = Counter(row.pair.id for row in rows).most_common(1)
+    if times > 1:
+        raise ValueError(f"dataset={cfg.dataset}: the id {id!r:.60} stands twice; give every row its own, or none")
     return rows, bad
 
 
@@ -70,11 +72,14 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
         row = {key: value for key, value in row.items() if key not in (*TWO, *LISTS)}
         row |= {"responses": texts, "scores": [1, 0]}
     examples = examples_of(row, place, "dpo", data_format=data_format, ranking_to_pairs=ranking_to_pairs)
-    own = row.get("id") if isinstance(row, dict) else None
-    name = str(own) if isinstance(own, str | int) and own != "" else place
+    own = row.get("id")
+    name = str(own) if type(own) in (str, int) and own != "" else place
     names = [name] if len(examples) == 1 else [f"{name}#{i}" for i in range(1, len(examples) + 1)]
+    source = row.get("source") if isinstance(row.get("source"), str) else None
+    more = {"source": source, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
+    more = {key: value for key, value in more.items() if value is not None}
     return [
-        Row(Pair(id, example.messages, *example.responses), place, labelled)
+        Row(Pair(id, example.messages, *example.responses), labelled, more)
         for id, example in zip(names, examples, strict=True)
     ]
 
@@ -89,6 +94,10 @@ def _is_unlabelled(row: Any) -> bool:
         key for item in items or () if isinstance(item, dict) for key in SCORES if item.get(key) is not None
     ]
     return is_ranked(row) and bool(items) and not scored
+
+
+def _swapped(dimensions: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {"chosen": of["rejected"], "rejected": of["chosen"]} for name, of in dimensions.items()}
 
 
 def other_files(path: Path) -> dict[Verdict, Path]:
@@ -111,13 +120,15 @@ def write_rows(path: Path, rows: Sequence[Row], judged: Sequence[Judged], *, jud
     files: dict[Path, list[Mapping[str, Any]]] = {path: [], **{file: [] for file in other_files(path).values()}}
     for row, one in zip(rows, judged, strict=True):
         pair = row.pair
-        said = {"id": pair.id, "source": row.source, "judge": judge}
+        said = {"id": pair.id, **row.more, "judge": judge}
         if one.verdict in OTHERS:
             both = {"messages": list(pair.messages), "responses": [pair.first, pair.second]}
             files[other_files(path)[one.verdict]].append(both | said | {"judge_p": one.p, "reason": one.reason})
             continue
         wins = one.verdict is Verdict.FIRST
         chosen, rejected = (pair.first, pair.second) if wins else (pair.second, pair.first)
+        if not wins and "dimensions" in said:
+            said["dimensions"] = _swapped(said["dimensions"])
         p = one.p if one.p is None or wins else 1 - one.p
         texts = {"messages": list(pair.messages), "chosen": chosen, "rejected": rejected}
         soft = {"soft_label": p} if soft_labels and p is not None else {}

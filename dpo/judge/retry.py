@@ -3,9 +3,10 @@
     wait before try n + 1 = max(Retry-After, uniform(0, min(CAP, BASE 2^n)))      n = 0, 1, ...
 
 Full jitter spreads the clients that failed together (Brooker 2015, AWS Architecture Blog, "Exponential Backoff and
-Jitter"). Of a run are limited: its requests, its cost, and how many may fail in a row.
+Jitter"). Of a run are limited: its requests, how many are begun in a minute, its cost, and how many may fail in a row.
 """
 
+import math
 import random
 import threading
 import time
@@ -70,9 +71,11 @@ class Limits:
     """
 
     def __init__(
-        self, *, max_requests: int | None, max_cost: float | None, price_prompt: float, price_completion: float
+        self, *, max_requests: int | None, max_cost: float | None, price_prompt: float, price_completion: float,
+        requests_per_minute: int | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.max_requests, self.max_cost = max_requests, max_cost
+        self.gap, self.clock, self.next = 60 / requests_per_minute if requests_per_minute else 0.0, clock, -math.inf
         self.prices = (price_prompt / 1e6, price_completion / 1e6)
         self.requests, self.cost, self.reserved = 0, 0.0, 0.0
         self.failures: list[str] = []
@@ -81,8 +84,8 @@ class Limits:
     def cost_of(self, prompt_tokens: int, completion_tokens: int) -> float:
         return prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]
 
-    def begin(self, bound: float) -> None:
-        """Before a request that costs at most `bound`; Stopped where that may not be."""
+    def begin(self, bound: float) -> float:
+        """Before a request that costs at most `bound`: seconds until its turn. Stopped where it may not be sent."""
         with self.lock:
             if len(self.failures) >= FAILURES_IN_A_ROW:
                 raise Stopped(f"{len(self.failures)} requests failed in a row, the last with {self.failures[-1]}")
@@ -92,6 +95,10 @@ class Limits:
                 raise Stopped(f"judge_max_cost={self.max_cost:g} would be passed, with {self.cost:.4g} spent")
             self.requests += 1
             self.reserved += bound
+            now = self.clock()
+            turn = max(now, self.next)
+            self.next = turn + self.gap
+            return turn - now
 
     def end(self, bound: float, cost: float, failure: str) -> None:
         """After it; failure: why it failed, "" where it did not."""

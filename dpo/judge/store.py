@@ -9,12 +9,13 @@ import json
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEPT = ("ok", "reasked", "refused")
 Exchange = dict[str, Any]
 """one question and what became of it, as JSON values; `outcome` is one of dpo.judge.verdict.OUTCOMES."""
@@ -33,16 +34,21 @@ class Store:
         self.path = path
         self.lock = threading.Lock()
         self.asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        try:
+        with self._writing():
             if path:
                 Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
             name = str(Path(path).expanduser()) if path else ":memory:"
             self.connection = sqlite3.connect(name, timeout=60, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
             raise ValueError(
-                f"judge_cache={path}: is no SQLite file that can be written ({error}); name another"
+                f"judge_cache={self.path}: is no SQLite file that can be written ({error}); name another"
             ) from None
 
     def get(self, key: str) -> Exchange | None:
@@ -53,7 +59,7 @@ class Store:
     def put(self, key: str, exchange: Mapping[str, Any]) -> None:
         """Keep an answer or a refusal; of anything else nothing is kept."""
         if exchange["outcome"] in KEPT:
-            with self.lock, self.connection:
+            with self._writing(), self.lock, self.connection:
                 self.connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(exchange)))
 
     def once(self, key: str, ask: Callable[[], Exchange]) -> tuple[Exchange, bool]:
