@@ -114,10 +114,8 @@ def test_a_question_that_the_table_lacks_has_no_category(tmp_path):
     items[0]["question"] = "Another?"
     (directory / "mc_task.json").write_text(json.dumps(items))
     first, second, *_ = read(directory)
-    assert (first.category, first.pair) == (None, None) and (second.category, second.pair) == (
-        "Odd",
-        ("a cow", "a lion"),
-    )
+    assert (first.category, first.pair) == (None, None)
+    assert (second.category, second.pair) == ("Odd", ("a cow", "a lion"))
 
 
 @pytest.mark.parametrize("name", ["mc_task.json", "TruthfulQA.csv"])
@@ -151,9 +149,15 @@ def test_a_question_without_one_best_answer_among_others_is_refused(tmp_path, ch
         read(directory)
 
 
-def test_a_file_that_is_not_json_is_refused(tmp_path):
-    (write_data(tmp_path / "data") / "mc_task.json").write_text("{")
-    with pytest.raises(ValueError, match="a file is not readable"):
+@pytest.mark.parametrize("name, text, found", [
+    ("mc_task.json", "{", "JSONDecodeError"),
+    ("mc_task.json", "7", "TypeError: 'int' object is not iterable"),
+    ("TruthfulQA.csv", "Question,Category\nWhy?,Facts\n", "KeyError: 'Best Answer'"),
+    ("TruthfulQA.csv", "Question,Best Answer\nWhy?,So\n", "KeyError: 'Category'"),
+])  # fmt: skip
+def test_a_file_that_is_not_the_benchmarks_is_refused(tmp_path, name, text, found):
+    (write_data(tmp_path / "data") / name).write_text(text)
+    with pytest.raises(ValueError, match=f"data: a file is not readable .{found}.*; take data/mc_task.json"):
         read(tmp_path / "data")
 
 
