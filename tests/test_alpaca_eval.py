@@ -189,6 +189,17 @@ def test_equal_outputs_are_a_draw_that_nobody_is_asked_about(tmp_path, reference
     assert result.counts["n_draws"] == 1 and result.samples[0]["preference"] == 1.5
 
 
+def test_an_instruction_that_stands_there_twice_is_answered_and_judged_twice(tmp_path, references):
+    rows = json.loads(references.read_text())
+    rows[1]["instruction"] = rows[0]["instruction"]
+    references.write_text(json.dumps(rows))
+    with serving(prefers_the_reference) as endpoint:
+        more = {"judge": "openai", "judge_model": "j", "judge_base_url": endpoint.url, "temperature": 1.0}
+        result = run(configured(tmp_path, max_samples=2, max_new_tokens=8, **more))
+    first, second = (sample["answers"]["policy"] for sample in result.samples)
+    assert first != second and result.counts["n_total"] == 2  # each has its seed
+
+
 def test_too_many_without_a_preference_fail_and_are_null_in_the_file(tmp_path, references):
     with serving(lambda _: {"The": -0.1}) as endpoint:
         cfg = configured(tmp_path, judge="openai", judge_model="j", judge_base_url=endpoint.url)

@@ -12,6 +12,7 @@ import eval  # noqa: F401  (registers its schema)
 from dpo.evals.mt_bench import (
     count_games,
     count_grades,
+    grades_of,
     judge_messages,
     outcome,
     read_grade,
@@ -21,6 +22,7 @@ from dpo.evals.mt_bench import (
 )  # fmt: skip
 from dpo.evals.mt_bench_files import NEED_REFERENCE, TEMPERATURES, TEMPLATES, answered, read, read_answers
 from dpo.evals.results import Result, write
+from dpo.judge.endpoint import Reply
 from models.command import CONF
 
 WRITING_AND_MATH = [
@@ -120,6 +122,13 @@ def test_an_answer_stands_in_the_prompt_as_it_is(evil):
     prompt = {"system_prompt": "s", "prompt_template": "Q {question} A {answer_a} B {answer_b}"}
     asked = judge_messages(prompt, {"question": "q", "answer_a": evil, "answer_b": "b"})
     assert asked[1]["content"] == f"Q q A {evil} B b"
+
+
+@pytest.mark.parametrize("said, score", [("ok", 7), ("reasked", 7), ("refused", -1), ("malformed", -1)])
+def test_a_grade_is_read_of_an_answer_alone(said, score):
+    """What a judge was cut off at, or said beside a refusal, is no grade."""
+    (row,) = grades_of([({"turn": 1}, [("prompt", Reply("[[7]]", None, said, "why"))])], "policy")
+    assert (row["score"], row["reason"], row["user_prompt"]) == (score, "why", "prompt")
 
 
 @pytest.mark.parametrize("mark", ["ERROR", "$ERROR$", " ERROR\n"])

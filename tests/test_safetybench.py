@@ -140,7 +140,7 @@ def test_another_number_of_questions_is_refused(tmp_path):
     "change, message",
     [
         ({"options": ["only"]}, "question Mental Health 1 has 1 options and the answer 1"),
-        ({"answer": 4}, "question Mental Health 1 has 3 options and the answer 4"),
+        ({"answer": 3}, "question Mental Health 1 has 3 options and the answer 3"),
         ({"answer": None}, "dev_en.json: not SafetyBench's dev_en"),
     ],
 )

@@ -74,6 +74,13 @@ def test_letters_are_right_where_the_mean_over_both_orders_is_above_a_half(first
     assert row["binary_letters_first"] == pytest.approx((first + second) / 2)
 
 
+@pytest.mark.parametrize("yes, no, right", [(-1, -2, True), (-2, -1, False), (-1, -1, False)])
+def test_the_binary_form_by_likelihood_compares_the_pair_alone(yes, no, right):
+    """Whatever other answers are worth: Sure is the likeliest."""
+    logps = {"0": torch.tensor([yes, no, 0.0])} | {f"0 best {place}": torch.zeros(2) for place in ("first", "second")}
+    assert sample(ITEM, logps)["binary_loglikelihood"] is right
+
+
 def test_a_run_writes_every_form_with_its_category_and_interval(tmp_path):
     directory = write_data(tmp_path / "data")
     result = run(configured(tmp_path, truthfulqa_dir=directory, max_samples=3))
@@ -94,7 +101,11 @@ def test_a_run_that_was_killed_gives_the_same_bytes(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:4]) + lines[4][:20])
     assert run(cfg) == whole and len(lines) == 1 + 3 * 4
-    # Another number of questions is another evaluation.
+    # Other streams, and another number of questions, are another evaluation.
+    cfg.max_tokens_per_batch = 299
+    with pytest.raises(ValueError, match="holds rows of max_tokens_per_batch=300"):
+        run(cfg)
+    cfg.max_tokens_per_batch = 300
     cfg.max_samples = 3
     with pytest.raises(ValueError, match="questions_sha256"):
         run(cfg)
