@@ -158,7 +158,7 @@ def test_scores_by_hand_without_failures():
     assert result.tables["grades by category"][1] == {
         "category": "math", "questions": 1, "score": 3, "turn 1": 3, "turn 2": None,
     }  # fmt: skip
-    assert result.samples[1]["grades"] == [3, None]
+    assert result.samples[1]["grades"] == {"turn 1": 3, "turn 2": None}
 
 
 def test_the_interval_resamples_questions_not_grades():
@@ -206,6 +206,7 @@ def test_grades_and_games_end_to_end_and_again_without_a_request(data):
         result = run(cfg)
         assert len(endpoint.asked) == 8 + 16
         write(result, data / "a")
+        assert "grades: turn 1 4, turn 2 6" in (data / "a" / "report.html").read_text()  # and no interval of 4 to 6
         (data / "cache").unlink()
         write(run(cfg), data / "b")
         assert len(endpoint.asked) == 24
@@ -304,7 +305,7 @@ def test_an_own_answer_that_reads_as_a_failure_is_not_graded(data):
     with serving(judge_of_fields) as endpoint:
         result = run(configured(data, judge="openai", judge_model="j", judge_base_url=endpoint.url))
         assert len(endpoint.asked) == 6
-    assert result.counts["failures"] == 2 and result.samples[0]["grades"] == [None, None]
+    assert result.counts["failures"] == 2 and result.samples[0]["grades"] == {"turn 1": None, "turn 2": None}
     first = json.loads((data / "out/model_judgment/j_single.jsonl").read_text().splitlines()[0])
     assert (first["score"], first["reason"]) == (-1, "an answer reads ERROR or $ERROR$")
 

@@ -92,6 +92,7 @@ def test_a_run_writes_every_form_with_its_category_and_interval(tmp_path):
     assert result.metrics["mc1"] == result.metrics["binary_loglikelihood"]
     first = result.samples[0]
     assert first["mc1"] == (first["log_likelihoods"]["a cow"] > first["log_likelihoods"]["a lion"])
+    assert first["true"] == ["a cow", "a dog"]
 
 
 def test_a_run_that_was_killed_gives_the_same_bytes(tmp_path):

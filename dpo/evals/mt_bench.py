@@ -226,7 +226,7 @@ def count_grades(result: Result, questions: Sequence[Row], rows: Sequence[Row], 
         for category, part_N2 in _by_category(questions, scores_N2)
     ]  # fmt: skip
     for sample, question in zip(result.samples, questions, strict=True):
-        sample["grades"] = [scores.get((question["question_id"], turn)) for turn in (1, 2)]
+        sample["grades"] = {f"turn {turn}": scores.get((question["question_id"], turn)) for turn in (1, 2)}
 
 
 # --- games against a baseline ---
@@ -276,7 +276,7 @@ def count_games(result: Result, questions: Sequence[Row], rows: Sequence[Row], *
         for category, part_N2 in _by_category(questions, wins_N2)
     ]  # fmt: skip
     for sample, question in zip(result.samples, questions, strict=True):
-        sample["games"] = [outcomes[question["question_id"], turn] for turn in (1, 2)]
+        sample["games"] = {f"turn {turn}": outcomes[question["question_id"], turn] for turn in (1, 2)}
 
 
 # --- what both need ---

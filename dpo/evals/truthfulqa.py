@@ -167,6 +167,7 @@ def sample(item: Item, logps: Mapping[str, Tensor]) -> dict:
     of = dict(zip(item.answers, logps[item.id].tolist(), strict=True))
     row = {
         "id": item.id, "prompt": item.question, "category": item.category, "log_likelihoods": of,
+        "true": [answer for answer, label in item.mc2.items() if label],
         "mc1": mc1([of[answer] for answer in item.mc1], list(item.mc1.values())),
         "mc2": mc2([of[answer] for answer in item.mc2], list(item.mc2.values())),
     }  # fmt: skip
