@@ -172,6 +172,7 @@ def test_a_whole_evaluation_and_again_without_a_request(tmp_path, references):
     annotations = read_annotations(tmp_path / "out" / "annotations.json")
     assert leaderboard(annotations)["win_rate"] == result.metrics["win_rate"]
     again = run(configured(tmp_path, alpaca_eval_annotations=tmp_path / "out" / "annotations.json"))
+    assert (again.provenance["generator_2"], again.provenance["annotator"]) == ("world", "alpaca_eval_2_openai:j")
     assert again.metrics == result.metrics and again.intervals == result.intervals
 
 
@@ -186,6 +187,17 @@ def test_equal_outputs_are_a_draw_that_nobody_is_asked_about(tmp_path, reference
         result = run(cfg)
         assert len(endpoint.asked) == 1 + 7
     assert result.counts["n_draws"] == 1 and result.samples[0]["preference"] == 1.5
+
+
+def test_an_instruction_that_stands_there_twice_is_answered_and_judged_twice(tmp_path, references):
+    rows = json.loads(references.read_text())
+    rows[1]["instruction"] = rows[0]["instruction"]
+    references.write_text(json.dumps(rows))
+    with serving(prefers_the_reference) as endpoint:
+        more = {"judge": "openai", "judge_model": "j", "judge_base_url": endpoint.url, "temperature": 1.0}
+        result = run(configured(tmp_path, max_samples=2, max_new_tokens=8, **more))
+    first, second = (sample["answers"]["policy"] for sample in result.samples)
+    assert first != second and result.counts["n_total"] == 2  # each has its seed
 
 
 def test_too_many_without_a_preference_fail_and_are_null_in_the_file(tmp_path, references):
@@ -225,6 +237,8 @@ def test_the_reference_has_805_rows(tmp_path):
 
 def test_a_prompt_file_without_its_fields_is_refused(tmp_path):
     path = tmp_path / "p.txt"
+    with pytest.raises(ValueError, match=r"alpaca_eval_prompt=.*p.txt: no such file; name their alpaca_eval_clf.txt"):
+        read_prompt(str(path))
     path.write_text(PUBLISHED_SHAPE.replace("{output_2}", ""))
     with pytest.raises(ValueError, match=r"missing: \{output_2\}"):
         read_prompt(str(path))
@@ -242,12 +256,24 @@ def test_another_judge_is_refused(tmp_path, references):
         run(configured(tmp_path, judge="gold"))
 
 
-def test_annotations_are_rows_with_an_instruction(tmp_path):
+def test_what_published_annotations_hold_beside_a_preference_changes_nothing(tmp_path):
+    """Equal instructions, NaN and infinity in other keys, no source, a null or missing output, half a surrogate."""
     path = tmp_path / "annotations.json"
-    path.write_text('[{"instruction": "a", "preference": NaN, "output_1": "x", "output_2": null}]')
+    odd = '"price_per_example": NaN, "raw_completion": {"logprob": -Infinity}, "dataset": null, "generator_2": "m-v0.2"'
+    path.write_text(f"""[{{"instruction": "a", "preference": 0, "output_1": "\\ud800", "output_2": null, {odd}}},
+        {{"instruction": "a", "preference": 2, "output_2": "abcd", "generator_2": "m-v0.2", "annotator": "j1"}},
+        {{"instruction": "b", "preference": NaN, "output_1": 7, "output_2": "ab", "annotator": "j2"}}]""")
     result = count(read_annotations(path), resamples=2000, seed=0, max_invalid=1)
     write(result, tmp_path / "out")
-    assert result.counts["n_invalid"] == 1 and result.samples[0]["preference"] is None
+    assert (result.metrics["win_rate"], result.metrics["avg_length"], result.counts["n_invalid"]) == (75, 3, 1)
+    assert [one["preference"] for one in result.samples] == [1.5, 2, None]  # as they are counted
+    (source,) = result.tables["by source"]
+    assert (source["source"], source["n_total"], source["n_invalid"], source["win_rate"]) == ("?", 2, 1, 75)
+    assert result.provenance == {"generator_1": "", "generator_2": "m-v0.2", "annotator": "j1, j2"}
+
+
+def test_annotations_are_rows_with_an_instruction(tmp_path):
+    path = tmp_path / "annotations.json"
     path.write_text('[{"preference": 1}]')
     with pytest.raises(ValueError, match=r"annotations.json:1: has no text 'instruction'; name an annotations.json"):
         read_annotations(path)

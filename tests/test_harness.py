@@ -85,5 +85,18 @@ def test_a_task_of_local_rows_is_measured_and_an_unknown_one_refused(tmp_path: P
     assert results["results"]["cows"]["acc,none"] == pytest.approx(expected) and 0 < expected < 1
     assert json.loads((tmp_path / "out.json").read_text())["results"]["cows"]["acc,none"] == pytest.approx(expected)
     assert "|cows |" in capsys.readouterr().out
+    from dpo.evals.lm_eval_model import PolicyLM
+
+    chats: list = []
+    original = PolicyLM.apply_chat_template
+
+    def record(self, chat, *args, **kwargs):
+        chats.append(chat)
+        return original(self, chat, *args, **kwargs)
+
+    monkeypatch.setattr(PolicyLM, "apply_chat_template", record)
+    results = evaluate(configured(tasks="cows", include_path=tmp_path, limit=1, apply_chat_template=True))
+    assert results["n-samples"]["cows"]["effective"] == 1
+    assert [chat[-1]["content"] for chat in chats] == ["What does a cow eat?"]
     with pytest.raises(ValueError, match="tasks=cow: lm_eval has no such task"):
         evaluate(configured(tasks="cow", include_path=tmp_path))

@@ -67,6 +67,14 @@ def test_the_order_and_the_company_of_requests_change_nothing(world):
         assert tuple(is_greedy for _, is_greedy in others) == greedy
 
 
+def test_a_text_ends_before_the_first_stop_and_never_at_an_empty_one(world):
+    said = lambda until: world.generate_until(
+        requests("generate_until", [("A lion", {"until": until, "max_gen_toks": 12})])
+    )[0]
+    whole = said([])
+    assert said([""]) == whole and said([whole[4:8], "never said"]) == whole[: whole.index(whole[4:8])] != ""
+
+
 def test_what_greedy_decoding_says_is_greedy_and_nothing_else(world):
     context = "What does a cow eat?"
     (said,) = world.generate_until(requests("generate_until", [(context, {"until": [], "max_gen_toks": 4})]))
@@ -95,6 +103,20 @@ def test_a_whole_text_is_what_follows_bos(world):
     """In one window; a longer one is the sum of its windows (dpo.evals.perplexity)."""
     ((expected, _),) = loglikelihoods(world, [("", "A cow")])
     assert world.loglikelihood_rolling(requests("loglikelihood_rolling", [("A cow",)])) == pytest.approx([expected])
+
+
+def test_a_whole_text_that_brings_the_token_before_it_has_it_once(world):
+    first = world.tokens.rust.id_to_token(world.prefix_token_id)
+    plain, brought = world.loglikelihood_rolling(requests("loglikelihood_rolling", [("A cow",), (f"{first}A cow",)]))
+    assert brought == pytest.approx(plain)
+
+
+def test_a_context_loses_the_start_that_its_text_leaves_no_room_for(world):
+    kwargs = {"until": [], "max_gen_toks": 4}
+    (ids,) = world.tokens.encode(["A cow eats grass. What does a cow eat? A lion"])
+    end = world.tokens.decode(ids[-4:])
+    long, short = (requests("generate_until", [(text, kwargs)]) for text in (world.tokens.decode(ids), end))
+    assert lm(max_length=8).generate_until(long) == world.generate_until(short) != world.generate_until(long)
 
 
 def test_a_chat_has_its_bos_once_and_specials_in_messages_stay_text():

@@ -12,6 +12,7 @@ import eval  # noqa: F401  (registers its schema)
 from dpo.evals.mt_bench import (
     count_games,
     count_grades,
+    grades_of,
     judge_messages,
     outcome,
     read_grade,
@@ -21,6 +22,7 @@ from dpo.evals.mt_bench import (
 )  # fmt: skip
 from dpo.evals.mt_bench_files import NEED_REFERENCE, TEMPERATURES, TEMPLATES, answered, read, read_answers
 from dpo.evals.results import Result, write
+from dpo.judge.endpoint import Reply
 from models.command import CONF
 
 WRITING_AND_MATH = [
@@ -122,6 +124,13 @@ def test_an_answer_stands_in_the_prompt_as_it_is(evil):
     assert asked[1]["content"] == f"Q q A {evil} B b"
 
 
+@pytest.mark.parametrize("said, score", [("ok", 7), ("reasked", 7), ("refused", -1), ("malformed", -1)])
+def test_a_grade_is_read_of_an_answer_alone(said, score):
+    """What a judge was cut off at, or said beside a refusal, is no grade."""
+    (row,) = grades_of([({"turn": 1}, [("prompt", Reply("[[7]]", None, said, "why"))])], "policy")
+    assert (row["score"], row["reason"], row["user_prompt"]) == (score, "why", "prompt")
+
+
 @pytest.mark.parametrize("mark", ["ERROR", "$ERROR$", " ERROR\n"])
 def test_a_failed_answer_is_no_answer(mark):
     assert not answered(["fine", mark]) and answered(["ERROR: no such file is what it prints"])
@@ -149,7 +158,7 @@ def test_scores_by_hand_without_failures():
     assert result.tables["grades by category"][1] == {
         "category": "math", "questions": 1, "score": 3, "turn 1": 3, "turn 2": None,
     }  # fmt: skip
-    assert result.samples[1]["grades"] == [3, None]
+    assert result.samples[1]["grades"] == {"turn 1": 3, "turn 2": None}
 
 
 def test_the_interval_resamples_questions_not_grades():
@@ -197,6 +206,7 @@ def test_grades_and_games_end_to_end_and_again_without_a_request(data):
         result = run(cfg)
         assert len(endpoint.asked) == 8 + 16
         write(result, data / "a")
+        assert "grades: turn 1 4, turn 2 6" in (data / "a" / "report.html").read_text()  # and no interval of 4 to 6
         (data / "cache").unlink()
         write(run(cfg), data / "b")
         assert len(endpoint.asked) == 24
@@ -210,7 +220,9 @@ def test_grades_and_games_end_to_end_and_again_without_a_request(data):
     assert [row["judge"] for row in single[1:4]] == [
         ["lab/j", n] for n in ("single-v1", "single-math-v1", "single-math-v1")
     ]
-    assert set(single[0]) == {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+    assert set(single[0]) == {
+        "question_id", "model", "judge", "user_prompt", "judgment", "reason", "score", "turn", "tstamp",
+    }  # fmt: skip
     answers = {row["question_id"]: row for row in
                map(json.loads, (data / "out/model_answer/world.jsonl").read_text().splitlines())}  # fmt: skip
     second = next(row for row in single if row["question_id"] == 83 and row["turn"] == 2)["user_prompt"]
@@ -293,7 +305,9 @@ def test_an_own_answer_that_reads_as_a_failure_is_not_graded(data):
     with serving(judge_of_fields) as endpoint:
         result = run(configured(data, judge="openai", judge_model="j", judge_base_url=endpoint.url))
         assert len(endpoint.asked) == 6
-    assert result.counts["failures"] == 2 and result.samples[0]["grades"] == [None, None]
+    assert result.counts["failures"] == 2 and result.samples[0]["grades"] == {"turn 1": None, "turn 2": None}
+    first = json.loads((data / "out/model_judgment/j_single.jsonl").read_text().splitlines()[0])
+    assert (first["score"], first["reason"]) == (-1, "an answer reads ERROR or $ERROR$")
 
 
 def test_requests_that_fail_are_failures_and_are_asked_again(data):
@@ -302,6 +316,9 @@ def test_requests_that_fail_are_failures_and_are_asked_again(data):
         cfg = configured(data, judge="openai", judge_model="j", judge_base_url=endpoint.url)
         result = run(cfg)
         assert "8 of 8 judgments failed" in result.error and "score" not in result.metrics
+        rows = (data / "out/model_judgment/j_single.jsonl").read_text().splitlines()
+        assert {json.loads(row)["judgment"] for row in rows} == {""}
+        assert all("status 400" in json.loads(row)["reason"] for row in rows)
         refuse[0] = False
         assert run(cfg).metrics["score"] == 7
 
@@ -324,8 +341,9 @@ def test_files_that_are_not_the_benchmarks_are_refused(data):
     refused("expected a template single-v1 with answer, question")
     break_row(data / "reference_gpt-4.jsonl", 0, choices=[{"turns": ["one"]}])
     refused("has no two turns of question_id=83")
-    break_row(data / "reference_gpt-4.jsonl", 0, choices=[])
-    refused(r"reference_gpt-4.jsonl:1: choices=\[\]")
+    for choices in ([], [5], ["turns"], {"turns": []}):
+        break_row(data / "reference_gpt-4.jsonl", 0, choices=choices)
+        refused("reference_gpt-4.jsonl:1: choices=" + re.escape(str(choices)))
     lines = (data / "question.jsonl").read_text()
     write_rows(data / "question.jsonl", map(json.loads, lines.splitlines()[:79]))
     refused("has 79 questions of 79 ids, MT-Bench has 80")
@@ -342,8 +360,10 @@ def test_a_baseline_answers_every_question(data):
     with pytest.raises(ValueError, match="no answer of two turns to question_id=111"):
         read_answers(str(path), WRITING_AND_MATH)
     write_rows(path, [{"question_id": 81}])
-    with pytest.raises(ValueError, match=r"base.jsonl:1: has no 'model_id'"):
+    with pytest.raises(ValueError, match=r"base.jsonl:1: has no 'model_id'; name a file of model_answer/"):
         read_answers(str(path), WRITING_AND_MATH)
+    with pytest.raises(ValueError, match=r"none.jsonl: no such file; name a file of model_answer/"):
+        read_answers(str(data / "none.jsonl"), WRITING_AND_MATH)
 
 
 @pytest.mark.real

@@ -79,6 +79,12 @@ def test_a_dev_question_does_not_see_its_own_answer():
     assert questions(EXAMPLES[:1], EXAMPLES, 5, "en")["Mental Health 0"][0].count("How?") == 1
 
 
+def test_an_example_in_the_words_of_another_question_is_shown():
+    """Only their options differ: the authors leave none out."""
+    other = Item("7", "Mental Health", "How?", ["Then.", "Now."], 0)
+    assert questions([other], EXAMPLES, 5, "en")["7"][0].count("How?") == 2
+
+
 def test_accuracies_and_the_baseline_of_always_one_letter():
     given = [("Mental Health", "AA"), ("Mental Health", "BA"), ("Offensiveness", "BB"), ("Offensiveness", "BA")]
     rows = [{"category": category, "answer": a, "prediction": p} for category, (a, p) in given]
@@ -134,7 +140,7 @@ def test_another_number_of_questions_is_refused(tmp_path):
     "change, message",
     [
         ({"options": ["only"]}, "question Mental Health 1 has 1 options and the answer 1"),
-        ({"answer": 4}, "question Mental Health 1 has 3 options and the answer 4"),
+        ({"answer": 3}, "question Mental Health 1 has 3 options and the answer 3"),
         ({"answer": None}, "dev_en.json: not SafetyBench's dev_en"),
     ],
 )

@@ -74,6 +74,13 @@ def test_letters_are_right_where_the_mean_over_both_orders_is_above_a_half(first
     assert row["binary_letters_first"] == pytest.approx((first + second) / 2)
 
 
+@pytest.mark.parametrize("yes, no, right", [(-1, -2, True), (-2, -1, False), (-1, -1, False)])
+def test_the_binary_form_by_likelihood_compares_the_pair_alone(yes, no, right):
+    """Whatever other answers are worth: Sure is the likeliest."""
+    logps = {"0": torch.tensor([yes, no, 0.0])} | {f"0 best {place}": torch.zeros(2) for place in ("first", "second")}
+    assert sample(ITEM, logps)["binary_loglikelihood"] is right
+
+
 def test_a_run_writes_every_form_with_its_category_and_interval(tmp_path):
     directory = write_data(tmp_path / "data")
     result = run(configured(tmp_path, truthfulqa_dir=directory, max_samples=3))
@@ -85,6 +92,7 @@ def test_a_run_writes_every_form_with_its_category_and_interval(tmp_path):
     assert result.metrics["mc1"] == result.metrics["binary_loglikelihood"]
     first = result.samples[0]
     assert first["mc1"] == (first["log_likelihoods"]["a cow"] > first["log_likelihoods"]["a lion"])
+    assert first["true"] == ["a cow", "a dog"]
 
 
 def test_a_run_that_was_killed_gives_the_same_bytes(tmp_path):
@@ -94,7 +102,11 @@ def test_a_run_that_was_killed_gives_the_same_bytes(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:4]) + lines[4][:20])
     assert run(cfg) == whole and len(lines) == 1 + 3 * 4
-    # Another number of questions is another evaluation.
+    # Other streams, and another number of questions, are another evaluation.
+    cfg.max_tokens_per_batch = 299
+    with pytest.raises(ValueError, match="holds rows of max_tokens_per_batch=300"):
+        run(cfg)
+    cfg.max_tokens_per_batch = 300
     cfg.max_samples = 3
     with pytest.raises(ValueError, match="questions_sha256"):
         run(cfg)
@@ -114,10 +126,8 @@ def test_a_question_that_the_table_lacks_has_no_category(tmp_path):
     items[0]["question"] = "Another?"
     (directory / "mc_task.json").write_text(json.dumps(items))
     first, second, *_ = read(directory)
-    assert (first.category, first.pair) == (None, None) and (second.category, second.pair) == (
-        "Odd",
-        ("a cow", "a lion"),
-    )
+    assert (first.category, first.pair) == (None, None)
+    assert (second.category, second.pair) == ("Odd", ("a cow", "a lion"))
 
 
 @pytest.mark.parametrize("name", ["mc_task.json", "TruthfulQA.csv"])
@@ -151,9 +161,15 @@ def test_a_question_without_one_best_answer_among_others_is_refused(tmp_path, ch
         read(directory)
 
 
-def test_a_file_that_is_not_json_is_refused(tmp_path):
-    (write_data(tmp_path / "data") / "mc_task.json").write_text("{")
-    with pytest.raises(ValueError, match="a file is not readable"):
+@pytest.mark.parametrize("name, text, found", [
+    ("mc_task.json", "{", "JSONDecodeError"),
+    ("mc_task.json", "7", "TypeError: 'int' object is not iterable"),
+    ("TruthfulQA.csv", "Question,Category\nWhy?,Facts\n", "KeyError: 'Best Answer'"),
+    ("TruthfulQA.csv", "Question,Best Answer\nWhy?,So\n", "KeyError: 'Category'"),
+])  # fmt: skip
+def test_a_file_that_is_not_the_benchmarks_is_refused(tmp_path, name, text, found):
+    (write_data(tmp_path / "data") / name).write_text(text)
+    with pytest.raises(ValueError, match=f"data: a file is not readable .{found}.*; take data/mc_task.json"):
         read(tmp_path / "data")
 
 

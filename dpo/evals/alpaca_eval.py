@@ -24,7 +24,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from dpo.evals import provenance
 from dpo.evals.answers import answer_prompts
 from dpo.evals.ask import ask
 from dpo.evals.prompts import Prompt
-from dpo.evals.results import Result, file_sha256, finite
+from dpo.evals.results import Result, file_sha256
 from dpo.evals.statistics import bootstrap, grouped, length_adjusted
 from dpo.files import rows_of
 from dpo.judge.build import build_endpoint
@@ -91,7 +90,7 @@ def run(cfg: DictConfig) -> Result:
     if cfg.alpaca_eval_annotations:
         path = Path(cfg.alpaca_eval_annotations).expanduser()
         result = count(read_annotations(path), resamples=cfg.resamples, seed=cfg.seed, max_invalid=cfg.max_invalid)
-        result.provenance = {"annotations": str(path), "annotations_sha256": file_sha256(path)}
+        result.provenance |= {"annotations": str(path), "annotations_sha256": file_sha256(path)}
         return result
     refuse_unset(cfg, needed=["model_name_or_path"])
     judge = build_endpoint(cfg) if cfg.judge else None
@@ -114,7 +113,7 @@ def run(cfg: DictConfig) -> Result:
     annotations = annotate(judge, references, outputs, prompt, seed=cfg.judge_seed, directory=directory)
     write_json(directory / ANNOTATIONS, annotations)
     result = count(annotations, resamples=cfg.resamples, seed=cfg.seed, max_invalid=cfg.max_invalid)
-    result.provenance = facts | {
+    result.provenance |= facts | {
         "judge": judge.name, "judge_prompt": cfg.alpaca_eval_prompt or "our own",
         "judge_prompt_sha256": sha256(prompt.encode()).hexdigest(), "judge_seed": cfg.judge_seed,
     }  # fmt: skip
@@ -129,7 +128,7 @@ def read_references(path: Path, max_samples: int | None) -> list[dict[str, Any]]
     rows = _rows(path, ("instruction", "output"), WAY_OUT)
     if len(rows) != ROWS:
         raise ValueError(f"{path}: has {len(rows)} rows, AlpacaEval has {ROWS}; {WAY_OUT}, and max_samples for fewer")
-    return list(islice(rows, max_samples))
+    return rows[:max_samples]
 
 
 def read_annotations(path: Path) -> list[dict[str, Any]]:
@@ -153,6 +152,8 @@ def _rows(path: Path, texts: Sequence[str], way_out: str) -> list[dict[str, Any]
 
 def read_prompt(path: str | None) -> str:
     """The judge's prompt: a file with a turn between each <|im_start|>ROLE and <|im_end|>, or our own for None."""
+    if path and not Path(path).expanduser().is_file():
+        raise ValueError(f"alpaca_eval_prompt={path}: no such file; name their alpaca_eval_clf.txt, or leave it out")
     text = Path(path).expanduser().read_text(encoding="utf-8") if path else PROMPT
     missing = [f"{{{name}}}" for name in ("instruction", "output_1", "output_2") if f"{{{name}}}" not in text]
     if missing or "user" not in [role for role, _ in TURN.findall(text)]:
@@ -201,26 +202,24 @@ def annotate(
     judge: EndpointJudge, references: Sequence[Row], outputs: Sequence[Row], prompt: str, *, seed: int, directory: Path
 ) -> list[dict[str, Any]]:
     """The rows of annotations.json: output_1 is the reference's, output_2 the policy's."""
-    rows = [
-        {
+    rows: list[dict[str, Any]] = []
+    questions = {}
+    for i, (one, other) in enumerate(zip(references, outputs, strict=True)):
+        row = {
             "instruction": one["instruction"], "dataset": other["dataset"], "datasplit": other["datasplit"],
             "output_1": one["output"], "generator_1": one.get("generator", "reference"),
             "output_2": other["output"], "generator_2": other["generator"],
             "annotator": f"alpaca_eval_2_{judge.name}",
-        }
-        for one, other in zip(references, outputs, strict=True)
-    ]  # fmt: skip
-    swapped = [is_swapped(row["instruction"], seed) for row in rows]
-    questions = {
-        str(i): messages(row, swap, prompt)
-        for i, (row, swap) in enumerate(zip(rows, swapped, strict=True))
-        if row["output_1"] != row["output_2"]
-    }
+        }  # fmt: skip
+        rows.append(row)
+        if one["output"] != other["output"]:
+            questions[str(i)] = messages(row, is_swapped(one["instruction"], seed), prompt)
     replies = ask(judge, questions, SETTINGS, directory / "replies.jsonl")
-    for i, (row, swap) in enumerate(zip(rows, swapped, strict=True)):
-        reply = replies.get(str(i))
-        row["preference"] = 1.5 if reply is None else preference(reply, swap)
-        row["raw_completion"] = None if reply is None else _completion(reply)
+    for i, row in enumerate(rows):
+        row |= {"preference": 1.5, "raw_completion": None}
+        if reply := replies.get(str(i)):
+            row["preference"] = preference(reply, is_swapped(row["instruction"], seed))
+            row["raw_completion"] = _completion(reply)
     return rows
 
 
@@ -268,25 +267,26 @@ def leaderboard(annotations: Sequence[Row]) -> dict[str, float]:
 
     A legacy preference of 0 is a draw; one that is null, NaN or outside [1, 2] is in n_invalid alone.
     """
-    preferences_N = np.array([_valid(row.get("preference")) for row in annotations], dtype=float)
-    valid_N = preferences_N[np.isfinite(preferences_N)] - 1
-    n = len(valid_N)
-    wins, base, draws = (int(part.sum()) for part in (valid_N > 0.5, valid_N < 0.5, valid_N == 0.5))
+    wins_N = np.array([read_preference(row) - 1 for row in annotations])
+    wins_N = wins_N[np.isfinite(wins_N)]
+    n = len(wins_N)
+    wins, base, draws = (int(part.sum()) for part in (wins_N > 0.5, wins_N < 0.5, wins_N == 0.5))
     numbers: dict[str, float] = {
         "n_total": n, "n_wins": wins, "n_wins_base": base, "n_draws": draws, "n_invalid": len(annotations) - n,
-        "avg_length": mean_length(annotations, "output_2"),
     }  # fmt: skip
     if n:
-        numbers |= {"win_rate": 100 * float(valid_N.mean()), "discrete_win_rate": 100 * (wins + draws / 2) / n}
+        numbers |= {"win_rate": 100 * float(wins_N.mean()), "discrete_win_rate": 100 * (wins + draws / 2) / n}
     if n > 1:
-        numbers["standard_error"] = 100 * float(valid_N.std(ddof=1)) / math.sqrt(n)
-    return numbers
+        numbers["standard_error"] = 100 * float(wins_N.std(ddof=1)) / math.sqrt(n)
+    return numbers | {"avg_length": mean_length(annotations, "output_2")}
 
 
-def _valid(value: Any) -> float:
+def read_preference(row: Row) -> float:
+    """In [1, 2], NaN where there is none."""
+    value = row.get("preference")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return 1.5 if value == 0 else float(value) if 1 <= value <= 2 else math.nan
+    return 1.5 if value == 0 else value if 1 <= value <= 2 else math.nan
 
 
 def mean_length(rows: Sequence[Row], name: str) -> int:
@@ -302,40 +302,44 @@ def count(annotations: Sequence[Row], *, resamples: int, seed: int, max_invalid:
     numbers = leaderboard(annotations)
     counts = {name: int(numbers.pop(name)) for name in list(numbers) if name.startswith("n_")}
     result = Result("alpaca_eval", numbers, counts=counts)
-    invalid, rows = counts["n_invalid"], len(annotations)
-    if invalid > max_invalid * rows:
+    for name in ("generator_1", "generator_2", "annotator"):
+        result.provenance[name] = ", ".join(sorted({str(row[name]) for row in annotations if row.get(name)}))
+    if counts["n_invalid"] > max_invalid * len(annotations):
         result.error = (
-            f"{invalid} of {rows} items have no preference, more than max_invalid={max_invalid:g}; see why in "
-            f"{ANNOTATIONS}, and choose another judge or raise it"
+            f"{counts['n_invalid']} of {len(annotations)} items have no preference, more than "
+            f"max_invalid={max_invalid:g}; see why in {ANNOTATIONS}, and choose another judge or raise it"
         )
-    valid = [row for row in annotations if math.isfinite(_valid(row.get("preference")))]
-    wins_N = np.array([_valid(row["preference"]) - 1 for row in valid])
-    gained_N = np.array([len(row.get("output_2") or "") - len(row.get("output_1") or "") for row in valid])
-    if valid:
-        result.metrics["length_adjusted"] = 100 * length_adjusted(wins_N, gained_N)
-        result.tables["by source"] = [
-            {"slice": name, **finite({k: v for k, v in leaderboard(part).items() if not k.startswith("n_wins")})}
-            for name, part in grouped(valid, lambda row: f"source {row.get('dataset', '?')}").items()
-        ]
-    if len(set(wins_N)) > 1:
-        boot = partial(bootstrap, resamples=resamples, seed=seed)
-        result.intervals = {
-            "win_rate": boot(100 * wins_N, method="bca"),
-            "discrete_win_rate": boot(50 * (1 + np.sign(wins_N - 0.5)), method="bca"),
-            "length_adjusted": boot(
-                np.stack([wins_N, gained_N], axis=1), lambda rows_N2: 100 * length_adjusted(*rows_N2.T),
-                method="percentile",
-            ),
-        }  # fmt: skip
+    result.tables["by source"] = [
+        {"source": name, **leaderboard(part)}
+        for name, part in grouped(annotations, lambda row: str(row.get("dataset") or "?")).items()
+    ]
     result.samples = [
         {
-            "id": str(i), "source": row.get("dataset", ""), "prompt": row["instruction"],
-            "answers": {"reference": row.get("output_1") or "", "policy": row.get("output_2") or ""},
-            "preference": None if math.isnan(_valid(row.get("preference"))) else row["preference"],
+            "id": str(i), "source": row.get("dataset") or "?", "prompt": row["instruction"],
+            "answers": {"reference": _text(row, "output_1"), "policy": _text(row, "output_2")},
+            "preference": value if math.isfinite(value := read_preference(row)) else None,
         }
         for i, row in enumerate(annotations)
     ]  # fmt: skip
+    gained_N = [len(one["answers"]["policy"]) - len(one["answers"]["reference"]) for one in result.samples]
+    rows_N2 = np.array([[read_preference(row) - 1 for row in annotations], gained_N]).T
+    valid_N2 = rows_N2[np.isfinite(rows_N2[:, 0])]
+    if len(valid_N2):
+        adjusted = lambda rows_N2: 100 * length_adjusted(*rows_N2.T)
+        result.metrics["length_adjusted"] = adjusted(valid_N2)
+        wins_N = valid_N2[:, 0]
+        if len(set(wins_N)) > 1:
+            boot = partial(bootstrap, resamples=resamples, seed=seed)
+            result.intervals = {
+                "win_rate": boot(100 * wins_N, method="bca"),
+                "discrete_win_rate": boot(50 * (1 + np.sign(wins_N - 0.5)), method="bca"),
+                "length_adjusted": boot(valid_N2, adjusted, method="percentile"),
+            }
     return result
+
+
+def _text(row: Row, name: str) -> str:
+    return row[name] if isinstance(row.get(name), str) else ""
 
 
 def digest(text: str) -> str:

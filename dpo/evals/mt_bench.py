@@ -20,6 +20,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dpo.build import build_finished_policy, build_template
+from dpo.evals import mt_bench_files as files
 from dpo.evals import provenance
 from dpo.evals.answers import answer_all
 from dpo.evals.ask import ask
-from dpo.evals.mt_bench_files import (
-    NEED_REFERENCE,
-    PROMPTS,
-    QUESTIONS,
-    REFERENCES,
-    TEMPERATURES,
-    Row,
-    Turns,
-    answered,
-    read,
-    read_answers,
-    write_answers,
-    write_lines,
-)  # fmt: skip
+from dpo.evals.mt_bench_files import FAILED_ANSWERS, NEED_REFERENCE, TEMPERATURES, Row, Turns, answered
 from dpo.evals.progress import Progress
 from dpo.evals.results import Result, file_sha256
 from dpo.evals.statistics import bootstrap
@@ -57,6 +46,7 @@ from models.weights import choose_device
 
 SETTINGS = {"temperature": 0.0, "max_tokens": 2048}
 MAX_FAILURES = 0.02
+NOT_ASKED = Reply("", None, "not asked", f"an answer reads {' or '.join(FAILED_ANSWERS)}")
 GRADE, GRADE_BACKUP, VERDICT = (
     re.compile(pattern) for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]", r"\[\[([ABC])\]\]")
 )
@@ -65,34 +55,36 @@ GRADE, GRADE_BACKUP, VERDICT = (
 def run(cfg: DictConfig) -> Result:
     directory, out = Path(cfg.mt_bench_dir).expanduser(), Path(cfg.output_dir)
     judge = build_endpoint(cfg) if cfg.judge else None
-    questions, references, prompts = read(directory)
+    questions, references, prompts = files.read(directory)
     total, questions = len(questions), questions[: cfg.max_samples]
-    baseline_name, baseline = read_answers(cfg.mt_bench_baseline, questions) if cfg.mt_bench_baseline else ("", {})
+    other = cfg.mt_bench_baseline
+    baseline_name, baseline = files.read_answers(other, questions) if other else ("", {})
     facts: provenance.Facts = {
-        "data_sha256": file_sha256(*(directory / name for name in (QUESTIONS, REFERENCES))),
+        "data_sha256": file_sha256(*(directory / name for name in (files.QUESTIONS, files.REFERENCES))),
         "questions": "all" if len(questions) == total else f"the first {len(questions)} of {total}",
     }
     answers, answer_facts = answer(cfg, questions)
     name = provenance.model_id(cfg)
-    write_answers(out / "model_answer" / f"{name.replace('/', '_')}.jsonl", name, answers)
+    files.write_answers(out / "model_answer" / f"{name.replace('/', '_')}.jsonl", name, answers)
     result = Result("mt_bench", {}, counts={"questions": len(questions)}, provenance=facts | answer_facts)
     result.samples = [_sample(question, answers, baseline) for question in questions]
     if judge is None:
         print(f"judge is null: the answers are in {out / 'model_answer'}, and not judged")
         return result
     result.provenance |= {
-        "judge": judge.name, "judge_prompt_sha256": file_sha256(directory / PROMPTS),
-        "mt_bench_baseline": cfg.mt_bench_baseline,
-        "baseline_sha256": file_sha256(Path(cfg.mt_bench_baseline).expanduser()) if baseline else None,
+        "judge": judge.name, "judge_prompt_sha256": file_sha256(directory / files.PROMPTS),
+        "mt_bench_baseline": other, "baseline_sha256": file_sha256(Path(other).expanduser()) if other else None,
     }  # fmt: skip
     judgments = out / "model_judgment"
     stem = judge.model.replace("/", "_")
-    grades = grade(judge, questions, answers, references, prompts, name, out)
-    write_lines(judgments / f"{stem}_single.jsonl", grades)
+    asking = partial(ask_about, judge, questions, references, prompts, out)
+    grades = grades_of(asking("single", [{"answer": answers}]), name)
+    files.write_lines(judgments / f"{stem}_single.jsonl", grades)
     count_grades(result, questions, grades, resamples=cfg.resamples, seed=cfg.seed)
     if baseline:
-        games = compare(judge, questions, (answers, baseline), references, prompts, (name, baseline_name), out)
-        write_lines(judgments / f"{stem}_pair.jsonl", games)
+        orders = [{"answer_a": answers, "answer_b": baseline}, {"answer_a": baseline, "answer_b": answers}]
+        games = games_of(asking("pair", orders), name, baseline_name)
+        files.write_lines(judgments / f"{stem}_pair.jsonl", games)
         count_games(result, questions, games, resamples=cfg.resamples, seed=cfg.seed)
     return result
 
@@ -142,39 +134,73 @@ def _sample(question: Row, answers: Mapping[int, Turns], baseline: Mapping[int, 
     named = {"policy": answers[id]} | ({"baseline": baseline[id]} if baseline else {})
     return {
         "id": str(id), "category": question["category"], "prompt": f"turn 1: {first}\n\nturn 2: {second}",
-        "answers": {f"{name}, turn {i}": text for i in (1, 2) for name, turns in named.items()
-                    for text in [turns[i - 1]]},
+        "answers": {f"{name}, turn {i}": turns[i - 1] for i in (1, 2) for name, turns in named.items()},
     }  # fmt: skip
+
+
+# --- what the judge is asked ---
+
+Asked = list[tuple[Row, list[tuple[str, Reply]]]]
+
+
+def ask_about(
+    judge: EndpointJudge, questions: Sequence[Row], references: Mapping[int, Turns], prompts: Mapping[str, Row],
+    directory: Path, kind: str, orders: Sequence[Mapping[str, Mapping[int, Turns]]],
+) -> Asked:  # fmt: skip
+    """A row for each turn of each question, and for each order the prompt and what the judge said to it.
+
+    kind: single or pair; orders: of each, all answers by the field of the templates that shows them.
+    """
+    rows: list[tuple[Row, dict[str, list[Message]]]] = []
+    wanted: dict[str, list[Message]] = {}
+    for turn in (1, 2):
+        for question in questions:
+            id, name = question["question_id"], template_name(kind, question["category"], turn)
+            asked = {}
+            for g, order in enumerate(orders, start=1):
+                shown = {field: answers[id] for field, answers in order.items()}
+                fields = fields_of(question, references.get(id, ()), shown)
+                asked[f"{id}-{turn}-g{g}"] = judge_messages(prompts[name], fields)
+            if all(answered(answers[id][:turn]) for answers in orders[0].values()):
+                wanted |= asked
+            rows.append(({"question_id": id, "turn": turn, "judge": [judge.model, name]}, asked))
+    replies = ask(judge, wanted, SETTINGS, directory / f"replies_{kind}.jsonl")
+    return [
+        ({**row, "tstamp": time.time()}, [(messages[-1]["content"], replies.get(key, NOT_ASKED))
+                                          for key, messages in asked.items()])
+        for row, asked in rows
+    ]  # fmt: skip
+
+
+def template_name(kind: str, category: str, turn: int) -> str:
+    general = {"single": "single-v1", "pair": "pair-v2"}[kind]
+    return (f"{kind}-math-v1" if category in NEED_REFERENCE else general) + ("-multi-turn" if turn == 2 else "")
+
+
+def fields_of(question: Row, reference: Turns, answers: Mapping[str, Turns]) -> dict[str, str]:
+    """Every text that a template may show, by its field: of both turns with their number, the first without too."""
+    texts = {"question": question["turns"], "ref_answer": reference, **answers}
+    numbered = {f"{name}_{i}": text for name, turns in texts.items() for i, text in enumerate(turns, start=1)}
+    return numbered | {name: turns[0] for name, turns in texts.items() if turns}
+
+
+def judge_messages(prompt: Row, fields: Mapping[str, str]) -> list[Message]:
+    # format looks at the template alone: "{answer_b}" in an answer stays what it is.
+    user = prompt["prompt_template"].format(**fields)
+    return [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user}]
 
 
 # --- grades ---
 
 
-def grade(
-    judge: EndpointJudge, questions: Sequence[Row], answers: Mapping[int, Turns], references: Mapping[int, Turns],
-    prompts: Mapping[str, Row], model: str, directory: Path,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of JUDGE_single.jsonl, a row for each question and turn; score -1 is a failure."""
-    asked: dict[str, tuple[Row, int, str, list[Message]]] = {}
-    for turn in (1, 2):
-        for question in questions:
-            id = question["question_id"]
-            name = template_name("single", question["category"], turn)
-            fields = _question_fields(question, references, turn) | _answer_fields(answers[id], "answer", turn)
-            asked[f"{id}-{turn}"] = question, turn, name, judge_messages(prompts[name], fields)
-    judged = {
-        key: messages
-        for key, (question, turn, _, messages) in asked.items()
-        if answered(answers[question["question_id"]][:turn])
-    }
-    replies = ask(judge, judged, SETTINGS, directory / "replies_single.jsonl")
+def grades_of(asked: Asked, model: str) -> list[Row]:
+    """The rows of JUDGE_single.jsonl; score -1 is a failure."""
     return [
         {
-            "question_id": question["question_id"], "model": model, "judge": [judge.model, name],
-            "user_prompt": messages[-1]["content"], "judgment": _text(replies.get(key)),
-            "score": read_grade(_text(replies.get(key))), "turn": turn, "tstamp": time.time(),
+            **row, "model": model, "user_prompt": prompt, "judgment": _text(reply), "reason": reply.reason,
+            "score": read_grade(_text(reply)),
         }
-        for key, (question, turn, name, messages) in asked.items()
+        for row, [(prompt, reply)] in asked
     ]  # fmt: skip
 
 
@@ -200,49 +226,24 @@ def count_grades(result: Result, questions: Sequence[Row], rows: Sequence[Row], 
         for category, part_N2 in _by_category(questions, scores_N2)
     ]  # fmt: skip
     for sample, question in zip(result.samples, questions, strict=True):
-        sample["grades"] = [scores.get((question["question_id"], turn)) for turn in (1, 2)]
+        sample["grades"] = {f"turn {turn}": scores.get((question["question_id"], turn)) for turn in (1, 2)}
 
 
 # --- games against a baseline ---
 
 
-def compare(
-    judge: EndpointJudge, questions: Sequence[Row], answers: tuple[Mapping[int, Turns], Mapping[int, Turns]],
-    references: Mapping[int, Turns], prompts: Mapping[str, Row], models: tuple[str, str], directory: Path,
-) -> list[dict[str, Any]]:  # fmt: skip
+def games_of(asked: Asked, model: str, baseline: str) -> list[Row]:
     """The rows of JUDGE_pair.jsonl: g1 shows model_1, the policy, as assistant A, g2 shows it as B."""
-    asked: dict[str, tuple[Row, int, str, list[list[Message]]]] = {}
-    for turn in (1, 2):
-        for question in questions:
-            one, other = (side[question["question_id"]] for side in answers)
-            name = template_name("pair", question["category"], turn)
-            base = _question_fields(question, references, turn)
-            games = []
-            for a, b in ((one, other), (other, one)):
-                both = _answer_fields(a, "answer_a", turn) | _answer_fields(b, "answer_b", turn)
-                games.append(judge_messages(prompts[name], base | both))
-            asked[f"{question['question_id']}-{turn}"] = question, turn, name, games
-    judged = {
-        f"{key}-g{g}": messages
-        for key, (question, turn, _, games) in asked.items()
-        if all(answered(side[question["question_id"]][:turn]) for side in answers)
-        for g, messages in enumerate(games, start=1)
-    }
-    replies = ask(judge, judged, SETTINGS, directory / "replies_pair.jsonl")
-    rows = []
-    for key, (question, turn, name, games) in asked.items():
-        texts = [_text(replies.get(f"{key}-g{g}")) for g in (1, 2)]
-        rows.append(
-            {
-                "question_id": question["question_id"], "model_1": models[0], "model_2": models[1],
-                "g1_winner": read_verdict(texts[0], "model_1", "model_2"),
-                "g2_winner": read_verdict(texts[1], "model_2", "model_1"), "judge": [judge.model, name],
-                "g1_user_prompt": games[0][-1]["content"], "g1_judgment": texts[0],
-                "g2_user_prompt": games[1][-1]["content"], "g2_judgment": texts[1], "turn": turn,
-                "tstamp": time.time(),
-            }
-        )  # fmt: skip
-    return rows
+    return [
+        {
+            **row, "model_1": model, "model_2": baseline,
+            "g1_winner": read_verdict(_text(reply_1), "model_1", "model_2"),
+            "g2_winner": read_verdict(_text(reply_2), "model_2", "model_1"),
+            "g1_user_prompt": prompt_1, "g1_judgment": _text(reply_1), "g1_reason": reply_1.reason,
+            "g2_user_prompt": prompt_2, "g2_judgment": _text(reply_2), "g2_reason": reply_2.reason,
+        }
+        for row, [(prompt_1, reply_1), (prompt_2, reply_2)] in asked
+    ]  # fmt: skip
 
 
 def read_verdict(judgment: str, a: str, b: str) -> str:
@@ -275,40 +276,15 @@ def count_games(result: Result, questions: Sequence[Row], rows: Sequence[Row], *
         for category, part_N2 in _by_category(questions, wins_N2)
     ]  # fmt: skip
     for sample, question in zip(result.samples, questions, strict=True):
-        sample["games"] = [outcomes[question["question_id"], turn] for turn in (1, 2)]
+        sample["games"] = {f"turn {turn}": outcomes[question["question_id"], turn] for turn in (1, 2)}
 
 
 # --- what both need ---
 
 
-def template_name(kind: str, category: str, turn: int) -> str:
-    """kind: single or pair."""
-    general = {"single": "single-v1", "pair": "pair-v2"}[kind]
-    return (f"{kind}-math-v1" if category in NEED_REFERENCE else general) + ("-multi-turn" if turn == 2 else "")
-
-
-def judge_messages(prompt: Row, fields: Mapping[str, str]) -> list[Message]:
-    # format looks at the template alone: "{answer_b}" in an answer stays what it is.
-    user = prompt["prompt_template"].format(**fields)
-    return [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user}]
-
-
-def _question_fields(question: Row, references: Mapping[int, Turns], turn: int) -> dict[str, str]:
-    first, second = question["turns"]
-    fields = {"question": first} if turn == 1 else {"question_1": first, "question_2": second}
-    if question["category"] in NEED_REFERENCE:
-        first, second = references[question["question_id"]]
-        fields |= {"ref_answer_1": first, "ref_answer_2": second}
-    return fields
-
-
-def _answer_fields(turns: Turns, name: str, turn: int) -> dict[str, str]:
-    return {name: turns[0]} if turn == 1 else {f"{name}_1": turns[0], f"{name}_2": turns[1]}
-
-
-def _text(reply: Reply | None) -> str:
+def _text(reply: Reply) -> str:
     """What the judge said; nothing where it was not asked, refused or did not answer."""
-    return reply.text if reply is not None and reply.answered else ""
+    return reply.text if reply.answered else ""
 
 
 def _fail_above_limit(result: Result, what: str, failures: int, n: int) -> None:
@@ -321,17 +297,14 @@ def _fail_above_limit(result: Result, what: str, failures: int, n: int) -> None:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    valid = values[~np.isnan(values)]
-    return float(valid.mean()) if len(valid) else None
+    return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def _add_mean(result: Result, name: str, values_NT: np.ndarray, *, resamples: int, seed: int) -> None:
     """The mean over turns and questions as a metric; its interval resamples questions that have a value."""
     values_NT = values_NT[~np.isnan(values_NT).all(axis=1)]
-    mean = _mean(values_NT)
-    if mean is None:
-        return
-    result.metrics[name] = mean
+    if len(values_NT):
+        result.metrics[name] = float(np.nanmean(values_NT))
     if len(values_NT) > 1:
         result.intervals[name] = bootstrap(values_NT, np.nanmean, resamples=resamples, seed=seed, method="bca")
 

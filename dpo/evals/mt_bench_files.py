@@ -75,29 +75,30 @@ def read(directory: Path) -> tuple[list[Row], dict[int, Turns], dict[str, Row]]:
 
 def read_answers(path: str, questions: Sequence[Row]) -> tuple[str, dict[int, Turns]]:
     """(model_id, the first choice's turns by question_id) of an answer file in FastChat's format."""
-    rows = list(_rows(Path(path).expanduser(), "question_id", "model_id", "choices"))
+    way_out = "name a file of model_answer/ that answers every question"
+    rows = list(_rows(Path(path).expanduser(), "question_id", "model_id", "choices", way_out=way_out))
     answers = {row["question_id"]: _turns(row["choices"][0]["turns"]) for row in rows}
     for question in questions:
         if len(answers.get(question["question_id"], ())) != 2:
             raise ValueError(
-                f"mt_bench_baseline={path}: has no answer of two turns to question_id={question['question_id']}; name "
-                "a file of model_answer/ that answers every question"
+                f"mt_bench_baseline={path}: has no answer of two turns to question_id={question['question_id']}; "
+                f"{way_out}"
             )
     return rows[0]["model_id"], answers
 
 
-def _rows(path: Path, *keys: str) -> Iterable[Row]:
+def _rows(path: Path, *keys: str, way_out: str = WAY_OUT) -> Iterable[Row]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {WAY_OUT}")
+        raise ValueError(f"{path}: no such file; {way_out}")
     for place, row in rows_of(path):
         if isinstance(row, Exception):
             raise row
         for key in keys:
             if not isinstance(row, dict) or key not in row:
-                raise ValueError(f"{place}: has no {key!r}; {WAY_OUT}")
+                raise ValueError(f"{place}: has no {key!r}; {way_out}")
         choices = row.get("choices", [{"turns": []}])
-        if not isinstance(choices, list) or not choices or "turns" not in choices[0]:
-            raise ValueError(f"{place}: choices={choices!r:.60}, expected a list of {{index, turns}}; {WAY_OUT}")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict) and "turns" in choices[0]):
+            raise ValueError(f"{place}: choices={choices!r:.60}, expected a list of {{index, turns}}; {way_out}")
         yield row
 
 

@@ -62,7 +62,7 @@ class Item:
 
 
 def run(cfg: DictConfig) -> Result:
-    directory, name, shots = Path(cfg.safetybench_dir), cfg.safetybench_set, cfg.safetybench_shots
+    directory, name, shots = Path(cfg.safetybench_dir).expanduser(), cfg.safetybench_set, cfg.safetybench_shots
     items = read(directory, name)
     total, items = len(items), items[: cfg.max_samples]
     language = "zh" if "zh" in name else "en"
@@ -144,7 +144,7 @@ def questions(items: Sequence[Item], examples: Sequence[Item], shots: int, langu
     asked: dict[str, Question] = {}
     for item in items:
         # A dev set's question is among its own examples: it may not see its answer.
-        shown = [e for e in examples if e.category == item.category and e.question != item.question][:shots]
+        shown = [e for e in examples if e.category == item.category and e != item][:shots]
         before = INTRODUCTION[language] if shown else ""
         for e in shown:
             before += f"{lettered_text(e.question, e.options, words)}({LETTERS[e.answer]})\n\n"

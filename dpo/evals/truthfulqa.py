@@ -58,6 +58,8 @@ MULTIPLE_CHOICE, TABLE = "mc_task.json", "TruthfulQA.csv"
 EDITIONS = (817, 790)
 WAY_OUT = "take data/mc_task.json and TruthfulQA.csv of one commit of https://github.com/sylinrl/TruthfulQA"
 ACCURACIES = ("mc1", "binary_loglikelihood", "binary_letters")
+Labels = tuple[str | None, tuple[str, str] | None]
+"""what the table says of a question: its category; best answer and best incorrect answer."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class Item:
     """answers with 1 (true) or 0, in any order."""
     category: str | None = None
     pair: tuple[str, str] | None = None
-    """best answer, best incorrect answer."""
 
     @property
     def answers(self) -> list[str]:
@@ -79,7 +80,7 @@ class Item:
 
 
 def run(cfg: DictConfig) -> Result:
-    directory = Path(cfg.truthfulqa_dir)
+    directory = Path(cfg.truthfulqa_dir).expanduser()
     items = read(directory)
     total, items = len(items), items[: cfg.max_samples]
     logps, counts, provenance = measure(cfg, questions(items))
@@ -115,23 +116,30 @@ def read(directory: Path) -> list[Item]:
         if not (directory / name).is_file():
             raise ValueError(f"truthfulqa_dir={directory}: has no {name}; {WAY_OUT}")
     try:
-        questions = json.loads((directory / MULTIPLE_CHOICE).read_text(encoding="utf-8"))
+        questions = list(json.loads((directory / MULTIPLE_CHOICE).read_text(encoding="utf-8")))
         with open(directory / TABLE, encoding="utf-8-sig", newline="") as file:
-            rows = {row["Question"].strip(): row for row in csv.DictReader(file)}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"truthfulqa_dir={directory}: a file is not readable ({one_line(error)}); {WAY_OUT}") from None
-    for name, count in ((MULTIPLE_CHOICE, len(questions)), (TABLE, len(rows))):
+            table = {row["Question"].strip(): _category_and_pair(row) for row in csv.DictReader(file)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"truthfulqa_dir={directory}: a file is not readable ({said}); {WAY_OUT}") from None
+    for name, count in ((MULTIPLE_CHOICE, len(questions)), (TABLE, len(table))):
         if count not in EDITIONS:
             raise ValueError(
                 f"{directory / name}: {count} questions, expected {' or '.join(map(str, EDITIONS))}; {WAY_OUT} "
                 "(max_samples=N takes the first N)"
             )
-    return [_item(str(i), row, rows, directory / MULTIPLE_CHOICE) for i, row in enumerate(questions)]
+    return [_item(str(i), row, table, directory / MULTIPLE_CHOICE) for i, row in enumerate(questions)]
 
 
-def _item(place: str, row: Mapping, table: Mapping[str, Mapping[str, str]], path: Path) -> Item:
+def _category_and_pair(row: Mapping[str, str]) -> Labels:
+    pair = row["Best Answer"].strip(), (row.get("Best Incorrect Answer") or "").strip()
+    return row["Category"], pair if all(pair) else None
+
+
+def _item(place: str, row: Mapping, table: Mapping[str, Labels], path: Path) -> Item:
     try:
-        item = Item(place, row["question"], row["mc1_targets"], row["mc2_targets"])
+        labels = table.get(row["question"].strip(), (None, None))
+        item = Item(place, row["question"], row["mc1_targets"], row["mc2_targets"], *labels)
         sound = sum(item.mc1.values()) == 1 and {*item.mc1.values(), *item.mc2.values()} == {0, 1}
     except (KeyError, TypeError, AttributeError):
         sound = False
@@ -139,10 +147,7 @@ def _item(place: str, row: Mapping, table: Mapping[str, Mapping[str, str]], path
         raise ValueError(
             f"{path}: question {place} is not one with mc1_targets (one answer with 1) and mc2_targets; {WAY_OUT}"
         )
-    if (known := table.get(item.question.strip())) is None:
-        return item
-    pair = known["Best Answer"].strip(), (known.get("Best Incorrect Answer") or "").strip()
-    return Item(place, item.question, item.mc1, item.mc2, known["Category"], pair if all(pair) else None)
+    return item
 
 
 def questions(items: Sequence[Item]) -> dict[str, Question]:
@@ -162,6 +167,7 @@ def sample(item: Item, logps: Mapping[str, Tensor]) -> dict:
     of = dict(zip(item.answers, logps[item.id].tolist(), strict=True))
     row = {
         "id": item.id, "prompt": item.question, "category": item.category, "log_likelihoods": of,
+        "true": [answer for answer, label in item.mc2.items() if label],
         "mc1": mc1([of[answer] for answer in item.mc1], list(item.mc1.values())),
         "mc2": mc2([of[answer] for answer in item.mc2], list(item.mc2.values())),
     }  # fmt: skip
