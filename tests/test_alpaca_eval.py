@@ -93,6 +93,16 @@ def test_preference_is_2_minus_the_share_of_m_and_3_minus_that_where_swapped():
 
 
 @pytest.mark.parametrize(
+    ("m", "M", "swapped", "published"),
+    [(-0.010449888, -4.6069846, True, 1.9900139974), (-0.7781773, -0.6152821, True, 1.4593660117),
+     (-2.134793, -0.12674414, False, 1.8816395699), (-3.1989095, -0.041991983, False, 1.9591804276)],
+)  # fmt: skip
+def test_preferences_are_the_published_ones(m, M, swapped, published):
+    """Log-probabilities of the judge and the preference that AlpacaEval made of them, of its NullModel's first rows."""
+    assert preference(Reply("m", {"m": m, "M": M}, "ok"), swapped) == pytest.approx(published, abs=1e-9)
+
+
+@pytest.mark.parametrize(
     "reply", [Reply("The", {"The": -0.1}, "ok"), Reply("", None, "malformed"), Reply("m", {"m": -0.1}, "refused")]
 )
 def test_neither_token_is_no_preference(reply):
@@ -100,9 +110,9 @@ def test_neither_token_is_no_preference(reply):
 
 
 def test_order_is_the_instructions_alone_and_about_as_often_one_as_the_other():
-    swapped = [is_swapped(f"Instruction {i}", 42) for i in range(1000)]
-    assert 450 < sum(swapped) < 550
-    assert swapped != [is_swapped(f"Instruction {i}", 43) for i in range(1000)]
+    swapped = [is_swapped(f"Instruction {i}") for i in range(1000)]
+    assert 450 < sum(swapped) < 550 and swapped == [is_swapped(f"Instruction {i}") for i in range(1000)]
+    assert is_swapped("\ud800") == is_swapped("?")
 
 
 INJECTIONS = [

@@ -6,8 +6,9 @@
     avg_length                                 characters of the policy's outputs, rounded down
 
 The judge answers with one token, m or M, for the output shown first or second; an item has one order, drawn from its
-instruction alone, so that it is every model's. Equal outputs are 1.5 and nobody is asked. Where neither token is among
-the five likeliest there is no preference: null, counted as n_invalid and in no rate. All rates are in percent.
+instruction alone as AlpacaEval draws it, so that it is that of every published model. Equal outputs are 1.5 and nobody
+is asked. Where neither token is among the five likeliest there is no preference: null, counted as n_invalid and in no
+rate. All rates are in percent.
 
 The published judge is gpt-4-1106-preview with the wording of alpaca_eval_clf.txt; the wording here is our own and shows
 outputs as JSON strings, which nothing in them can end. alpaca_eval_prompt=FILE reads the published one. Only with that
@@ -20,6 +21,7 @@ cross-validated logistic regression; with annotations.json, which is in their fo
 
 import json
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -110,12 +112,12 @@ def run(cfg: DictConfig) -> Result:
     if judge is None:
         print(f"judge is null: {directory / OUTPUTS} is written, and not judged")
         return Result("alpaca_eval", {"avg_length": mean_length(outputs, "output")}, {}, {"n": len(outputs)}, facts)
-    annotations = annotate(judge, references, outputs, prompt, seed=cfg.judge_seed, directory=directory)
+    annotations = annotate(judge, references, outputs, prompt, directory)
     write_json(directory / ANNOTATIONS, annotations)
     result = count(annotations, resamples=cfg.resamples, seed=cfg.seed, max_invalid=cfg.max_invalid)
     result.provenance |= facts | {
         "judge": judge.name, "judge_prompt": cfg.alpaca_eval_prompt or "our own",
-        "judge_prompt_sha256": sha256(prompt.encode()).hexdigest(), "judge_seed": cfg.judge_seed,
+        "judge_prompt_sha256": sha256(prompt.encode()).hexdigest(),
     }  # fmt: skip
     return result
 
@@ -199,7 +201,7 @@ def answer(cfg: DictConfig, references: Sequence[Row]) -> tuple[list[dict[str, A
 
 
 def annotate(
-    judge: EndpointJudge, references: Sequence[Row], outputs: Sequence[Row], prompt: str, *, seed: int, directory: Path
+    judge: EndpointJudge, references: Sequence[Row], outputs: Sequence[Row], prompt: str, directory: Path
 ) -> list[dict[str, Any]]:
     """The rows of annotations.json: output_1 is the reference's, output_2 the policy's."""
     rows: list[dict[str, Any]] = []
@@ -213,19 +215,20 @@ def annotate(
         }  # fmt: skip
         rows.append(row)
         if one["output"] != other["output"]:
-            questions[str(i)] = messages(row, is_swapped(one["instruction"], seed), prompt)
+            questions[str(i)] = messages(row, is_swapped(one["instruction"]), prompt)
     replies = ask(judge, questions, SETTINGS, directory / "replies.jsonl")
     for i, row in enumerate(rows):
         row |= {"preference": 1.5, "raw_completion": None}
         if reply := replies.get(str(i)):
-            row["preference"] = preference(reply, is_swapped(row["instruction"], seed))
+            row["preference"] = preference(reply, is_swapped(row["instruction"]))
             row["raw_completion"] = _completion(reply)
     return rows
 
 
-def is_swapped(instruction: str, seed: int) -> bool:
-    """Whether the policy's output is shown first: by the instruction, whatever the outputs are."""
-    return int(digest(json.dumps([instruction, seed])), 16) % 2 == 1
+def is_swapped(instruction: str) -> bool:
+    """Whether the policy's output is shown first: by the instruction alone, with AlpacaEval's seed, which is 0."""
+    seed = f"is_switched_outputs{instruction}0".encode("utf-8", "replace")  # half a surrogate pair has no bytes
+    return random.Random(seed).choices([False, True])[0]
 
 
 def messages(row: Row, swapped: bool, prompt: str) -> list[Message]:
