@@ -178,7 +178,7 @@ def test_what_no_other_question_would_mend_stops_the_run_and_shows_no_key(fault)
 
 def test_a_dead_server_opens_the_circuit():
     with serving(after_the_probe("500")) as server:
-        with pytest.raises(ValueError, match="3[0-3] requests failed in a row, the last with status 500"):
+        with pytest.raises(ValueError, match=r"3[0-3] requests failed in a row, the last with status 500"):
             judge_of(server)(pairs(100))
         assert server.requests <= 1 + FAILURES_IN_A_ROW + 3  # three more in flight, which may be counted
 
