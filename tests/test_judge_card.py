@@ -54,6 +54,19 @@ def test_length_bias_is_counted_where_lengths_differ():
     assert numbers["p_longer"] == pytest.approx(2 / 3) and numbers["p_longer_equal"] == 1.0
 
 
+def test_a_liking_for_its_own_responses_is_told_from_their_worth():
+    """It wrote one response of four pairs and takes it in three, where the labels take it in one of three."""
+    answers = [judged(FIRST, FIRST), judged(SECOND, SECOND), judged(FIRST, FIRST), judged(FIRST, FIRST)]
+    own = [FIRST, SECOND, SECOND, FIRST]
+    made = card([pair(i) for i in range(4)], answers, [FIRST, FIRST, FIRST, TIE], 0, own)
+    assert made.numbers["p_own"] == 0.75 and made.numbers["p_own_labels"] == pytest.approx(1 / 3)
+    assert "of its own responses it takes 75%, where the labels take 33%" in remarks(made.numbers, 0.05)
+    # Its own are as good as it says; it wrote both or neither; nothing is known of their worth.
+    for labels, mine in (([FIRST, SECOND, SECOND, FIRST], own), ([FIRST] * 4, [None] * 4), ([None] * 4, own)):
+        made = card([pair(i) for i in range(4)], answers, labels, 0, mine)
+        assert not any("its own" in line for line in remarks(made.numbers, 0.05))
+
+
 @pytest.mark.parametrize(("share_right", "kappa"), [(1.0, 1.0), (0.5, 0.0), (0.0, -1.0)])
 def test_kappa_does_not_know_which_side_the_labels_are_on(share_right, kappa):
     """Rows of chosen and rejected are all labelled `first`, which by itself would make every kappa 0."""

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 import eval  # noqa: F401  (registers its schema)
 from dpo.config import EvalConfig, JudgeKeys
 from dpo.data import read_examples
-from dpo.judge.__main__ import JudgeConfig, run
+from dpo.judge.__main__ import JudgeConfig, _own, run
 from dpo.judge.build import build_judge
+from dpo.judge.label import rows_of
 from dpo.judge.verdict import Verdict
 from models.command import CONF, expand_arguments
 from models.weights import WORLD
@@ -125,6 +126,19 @@ def test_a_card_can_have_labels_of_its_own(tmp_path):
     assert json.loads(card.read_text())["card"]["p_longer_equal"] == 1.0
     run(config(*keys))
     assert "agreement" not in json.loads(card.read_text())["card"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "own"),
+    [({"model_a": "gpt-x", "model_b": "other"}, "first"), ({"model_a": "other", "model_b": "gpt-x"}, "second"),
+     ({"model_a": "gpt-x", "model_b": "gpt-x"}, None), ({"model_a": "gpt-x"}, None), ({}, None)],
+)  # fmt: skip
+def test_rows_say_who_wrote_their_responses(keys, own):
+    (row,) = rows_of({"prompt": "Why?", "response_a": "a", "response_b": "b"} | keys, "p:1", data_format=None,
+                     ranking_to_pairs="best_worst")  # fmt: skip
+    found = _own(row.writers, "models/gpt-x")
+    assert (found and found.value) == own
+    assert _own(("gpt-x", "other"), None) is None
 
 
 def test_a_dry_run_says_the_price_and_asks_nothing(tmp_path, capsys):

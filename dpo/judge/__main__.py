@@ -139,7 +139,8 @@ def _card(
 ) -> None:  # fmt: skip
     own = [Verdict.FIRST if row.labelled else None for row in rows]
     right = own if labels is None else [labels.get(row.pair.id) for row in rows]
-    made = card([row.pair for row in rows], judged, right, cfg.judge_seed)
+    own = [_own(row.writers, cfg.judge_model) for row in rows]
+    made = card([row.pair for row in rows], judged, right, cfg.judge_seed, own)
     found = remarks(made.numbers, cfg.max_invalid)
     print(show(judge.name, made, found))
     if cfg.output_file:
@@ -148,6 +149,13 @@ def _card(
             "intervals": made.intervals, "poor": found,
         }  # fmt: skip
         write_beside(Path(cfg.output_file).expanduser(), (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _own(writers: Sequence[str], judge_model: str | None) -> Verdict | None:
+    """The verdict for the response that the judge's model wrote, if it wrote one of the two."""
+    names = {judge_model, Path(judge_model).name} if judge_model else set()
+    wrote = [writer in names for writer in writers]
+    return Verdict.FIRST if wrote == [True, False] else Verdict.SECOND if wrote == [False, True] else None
 
 
 if __name__ == "__main__":

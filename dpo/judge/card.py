@@ -5,6 +5,8 @@ p_first            share of single answers for the response that was shown first
 position_bias      mean p of the response shown first, minus 0.5, where the judge has probabilities
 p_longer           share of decided pairs that the longer response (in characters) wins
 p_longer_equal     the same of pairs that the labels call equal, where length should not count
+p_own              share of decided pairs that the judge's own response wins, where it wrote one of the two
+p_own_labels       the same by the labels: what its responses are worth
 ties, invalid      shares of all pairs
 agreement          share of valid pairs with a label that have its verdict; agreement_decided: of those without ties
 agreement_p        share of labelled pairs whose mean p is on the label's side, which a position bias cancels out of
@@ -26,7 +28,7 @@ from dpo.judge.verdict import MIRRORED, Judged, Pair, Verdict
 
 DECIDED = (Verdict.FIRST, Verdict.SECOND)
 # When a judge is called poor.
-LEAST_CONSISTENCY, MOST_POSITION, LEAST_KAPPA, MOST_LONGER = 0.7, 0.1, 0.2, 0.7
+LEAST_CONSISTENCY, MOST_POSITION, LEAST_KAPPA, MOST_LONGER, MOST_OWN = 0.7, 0.1, 0.2, 0.7, 0.1
 RESAMPLES = 2000
 
 
@@ -45,11 +47,16 @@ class Card:
 
 
 def card(
-    pairs: Sequence[Pair], judged: Sequence[Judged], labels: Sequence[Verdict | None], seed: int
+    pairs: Sequence[Pair], judged: Sequence[Judged], labels: Sequence[Verdict | None], seed: int,
+    own: Sequence[Verdict | None] = (),
 ) -> Card:  # fmt: skip
-    """labels: the right verdict of each pair; None where it is not known."""
+    """labels: the right verdict of each pair; None where it is not known.
+
+    own: the verdict for the one response of each pair that the judge wrote itself; None where that is neither or both.
+    """
     rows = list(zip(pairs, judged, labels, strict=True))
     made = Card(len(rows))
+    nobody = [None] * len(rows)
     valid = [row for row in rows if row[1].verdict is not Verdict.INVALID]
     asked = [one.orders for _, one, _ in valid if one.orders]
     # Of each answer, whether it was for the response shown first.
@@ -64,6 +71,10 @@ def card(
         made.intervals["position_bias"] = (low - 0.5, high - 0.5)
     made.share("p_longer", _longer_wins(valid))
     made.share("p_longer_equal", _longer_wins([row for row in valid if row[2] is Verdict.TIE]))
+    decided = [(one.verdict, mine, label) for one, label, mine in zip(judged, labels, own or nobody, strict=True)
+               if mine and one.verdict in DECIDED]  # fmt: skip
+    made.share("p_own", [verdict is mine for verdict, mine, _ in decided])
+    made.share("p_own_labels", [label is mine for _, mine, label in decided if label in DECIDED])
     made.share("ties", [one.verdict is Verdict.TIE for _, one, _ in rows])
     made.share("invalid", [one.verdict is Verdict.INVALID for _, one, _ in rows])
 
@@ -92,6 +103,10 @@ def remarks(numbers: dict[str, float], max_invalid: float) -> list[str]:
         found.append(f"it takes what is shown first in {numbers['p_first']:.0%} of its answers")
     if numbers.get("p_longer_equal", 0.5) > MOST_LONGER:
         found.append(f"of equally good responses it takes the longer in {numbers['p_longer_equal']:.0%}")
+    if numbers.get("p_own", 0.0) - numbers.get("p_own_labels", 1.0) > MOST_OWN:
+        found.append(
+            f"of its own responses it takes {numbers['p_own']:.0%}, where the labels take {numbers['p_own_labels']:.0%}"
+        )
     if numbers.get("kappa", 1.0) < LEAST_KAPPA:
         found.append(f"it agrees with the labels hardly more than chance would (kappa {numbers['kappa']:.2f})")
     return found

@@ -27,6 +27,8 @@ from dpo.judge.verdict import Judged, Pair, Verdict
 from dpo.rankings import LISTS, SCORE_LISTS, SCORES, is_ranked
 
 TWO = ("response_a", "response_b")
+# Who wrote the first response and who the second, where a row says so.
+WRITERS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
 OTHERS = {Verdict.TIE: "ties", Verdict.INVALID: "invalid"}
 
 
@@ -37,6 +39,8 @@ class Row:
     """whether the row itself says that its first response is the better one."""
     more: Mapping[str, Any]
     """source, weight and dimensions, as far as the row has them; in dimensions the first response is `chosen`."""
+    writers: tuple[str, ...] = ()
+    """the models that wrote the responses; empty where the row does not say."""
 
 
 def read_pairs(cfg: DictConfig) -> tuple[list[Row], list[str]]:
@@ -78,8 +82,9 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
     source = row.get("source") if isinstance(row.get("source"), str) else None
     more = {"source": source, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
     more = {key: value for key, value in more.items() if value is not None}
+    writers = next((tuple(str(row[key]) for key in keys) for keys in WRITERS if set(keys) <= set(row)), ())
     return [
-        Row(Pair(id, example.messages, *example.responses), labelled, more)
+        Row(Pair(id, example.messages, *example.responses), labelled, more, writers)
         for id, example in zip(names, examples, strict=True)
     ]
 
