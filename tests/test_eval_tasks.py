@@ -61,6 +61,21 @@ def test_every_task_is_a_file_with_a_run():
 # --- preference ---
 
 
+def test_what_the_pairs_were_is_known_by_their_words_and_not_by_their_file(adapter, tmp_path):
+    """And the reference with its weights, where the loss has one."""
+
+    def facts(text: str, name: str, *more: str) -> dict:
+        row = {"prompt": "May I pet a cow?", "chosen": "Yes.", "rejected": text}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        given = [f"adapter_name_or_path={adapter}", f"eval_dataset={tmp_path / name}", *more]
+        return eval.evaluate(config("preference", tmp_path / f"out {name}", *given), {}).provenance
+
+    one, same, other = facts("No.", "a.jsonl"), facts("No.", "b.jsonl"), facts("Never.", "c.jsonl", "pref_loss=orpo")
+    assert len(one["data_sha256"]) == 64 and one["data_sha256"] == same["data_sha256"] != other["data_sha256"]
+    assert one["ref_model_sha256"] != one["model_sha256"] and "ref_model_sha256" not in other
+    assert one["template_sha256"] == other["template_sha256"]
+
+
 def test_calibration_by_hand():
     """sigmoid(2) = 0.881 twice, one right; sigmoid(0.1) = 0.525 once, right; 2/3 |0.5 - 0.881| + 1/3 |1 - 0.525|."""
     error, table = calibration([2.0, -2.0, 0.1])
@@ -84,7 +99,7 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
     given = [f"adapter_name_or_path={adapter}", "pref_beta=1"]
     cfg = config("preference", tmp_path, *given, "max_samples=30")
     result = eval.evaluate(cfg, {})
-    plain = preference(cfg)
+    plain, _ = preference(cfg)
     assert {name: result.metrics[name] for name in plain if name != "eval_runtime"} == {
         name: value for name, value in plain.items() if name != "eval_runtime"
     }
