@@ -10,9 +10,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from scipy import stats
 
 import eval  # registers its schema
 from dpo.build import build_finished_policy, build_template
@@ -106,6 +108,8 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
     assert result.metrics["accuracy"] == pytest.approx(plain["eval_rewards/accuracies"])
     margins = [sample["margin"] for sample in result.samples]
     assert sum(margins) / 30 == pytest.approx(plain["eval_rewards/margins"], rel=1e-5) and margins == sorted(margins)
+    interval = stats.bootstrap((margins,), np.mean, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    assert result.intervals["eval_rewards/margins"] == pytest.approx(interval, abs=0.1 * np.std(margins))
     alone = eval.evaluate(config("preference", tmp_path, *given, "max_samples=1"), {})
     (row,) = (sample for sample in result.samples if sample["id"] == alone.samples[0]["id"])
     assert row["margin"] == pytest.approx(alone.samples[0]["margin"], rel=1e-3)
@@ -119,6 +123,7 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
 def test_labelled_rows_have_their_slices_too(tmp_path):
     result = eval.evaluate(config("preference", tmp_path, "pref_loss=kto"), {})
     assert {"desirable", "undesirable"} <= {row["slice"] for row in result.tables["by slice"]}
+    assert "eval_rewards/margins" not in result.intervals
 
 
 # --- generation, kl, world ---

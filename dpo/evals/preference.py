@@ -20,7 +20,7 @@ from torch import Tensor
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
 from dpo.evals import provenance
 from dpo.evals.results import Result, finite
-from dpo.evals.statistics import grouped, thirds, wilson
+from dpo.evals.statistics import bootstrap, grouped, thirds, wilson
 from dpo.objective import Saw, evaluate
 from dpo.tokens import Encoded, describe_cuts, sides
 from models.weights import choose_device
@@ -42,6 +42,11 @@ def run(cfg: DictConfig) -> Result:
     result = Result("preference", finite(metrics), provenance=facts, time={"eval_runtime": runtime})
     if seen:
         _add_calibration(result, seen)
+        if "rejected" in sides(seen[0][0]):  # of labelled rows it is no mean over rows
+            margins = [margin for _, margin in seen]
+            result.intervals["eval_rewards/margins"] = bootstrap(
+                margins, resamples=cfg.resamples, seed=cfg.seed, method="bca"
+            )
     return result
 
 
@@ -56,7 +61,7 @@ def preference(cfg: DictConfig, saw: Saw = lambda *_: None) -> tuple[dict[str, f
     policy = build_finished_policy(cfg, device)
     facts = {
         **provenance.of_policy(cfg), **provenance.of_rows(cfg, rows.evaluation), **provenance.of_template(template),
-        "pref_loss": str(cfg.pref_loss), "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len,
+        "pref_loss": str(cfg.pref_loss), "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len, "seed": cfg.seed,
     }  # fmt: skip
     if objective.loss.needs_reference:
         objective.reference, description = build_finished_reference(cfg, policy, rows.evaluation)
