@@ -1,5 +1,6 @@
 """The tasks of eval.py: calibration by hand, generation and KL by their definitions, the world by enumeration."""
 
+import base64
 import csv
 import importlib.util
 import json
@@ -222,12 +223,20 @@ def test_compare_has_a_line_per_metric_and_says_what_differs(tmp_path):
     assert result.tables["metrics"] == [{"metric": "win_rate/win_rate", a: "0.5 (0.4 to 0.6)", b: "0.6 (0.5 to 0.7)"}]
     assert result.tables["what differs"] == [{"": "seed", a: 1, b: 2}]
     if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+        picture = (tmp_path / "out" / "compare.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert base64.b64encode(picture).decode() in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch):
+def test_compare_says_when_nothing_differs(tmp_path):
+    runs = [result_file(tmp_path / "a", 0.5), result_file(tmp_path / "b", 0.6)]
+    result = eval.evaluate(config("compare", tmp_path / "out", f"runs=[{','.join(map(str, runs))}]"), {})
+    assert result.tables["what differs"] == [{"": "nothing"}]
+
+
+def test_without_matplotlib_there_is_no_plot(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert compare.draw({}, tmp_path / "x.png") == 'No plot: drawing needs matplotlib (pip install -e ".[plot]").'
+    assert compare.draw({}) == 'No plot: drawing needs matplotlib (pip install -e ".[plot]").'
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, "holds no results.json"), ("{}", "results.json is no evaluation's")])
@@ -235,7 +244,7 @@ def test_compare_needs_results(tmp_path, text, said):
     if text:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=rf"^runs={re.escape(str(tmp_path))}: .*{said}"):
-        compare.read(tmp_path)
+        compare.read_evaluation(tmp_path)
 
 
 # --- the command ---
@@ -253,6 +262,23 @@ def test_files_of_something_else_are_left_alone(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"^output_dir={re.escape(str(tmp_path / name))}: {said}; name a"):
             eval.evaluate(config("world", tmp_path / name), {})
+
+
+@pytest.mark.parametrize("text", ['{"task', "[1]"])
+def test_a_damaged_result_is_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    said = rf"^{re.escape(str(tmp_path / 'results.json'))}: holds no JSON object; delete it, or name another directory"
+    with pytest.raises(ValueError, match=said):
+        eval.evaluate(config("world", tmp_path), {})
+    with pytest.raises(ValueError, match=said):
+        compare.read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("task", sorted({*TASKS} - {"win_rate", "alpaca_eval", "mt_bench"}))
+def test_a_judge_that_a_task_does_not_ask_is_refused(tmp_path, task):
+    said = rf"^judge=gold: not read by task={task}, but by win_rate, alpaca_eval, mt_bench; leave it out"
+    with pytest.raises(ValueError, match=said):
+        eval.evaluate(config(task, tmp_path, "judge=gold"), {})
 
 
 @pytest.mark.parametrize("task", [task for task, needs in TASKS.items() if needs])
