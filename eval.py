@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.config import EvalConfig, check
+from dpo.config import JUDGED, EvalConfig, check
 from dpo.evals import provenance
-from dpo.evals.results import REPORT, RESULTS, Result, show, write
+from dpo.evals.results import REPORT, RESULTS, Result, read, show, write
 from dpo.run import CONFIG, collect_sweep, write_results
 from models.command import one_line_errors, prepare_command_line
 
@@ -60,6 +60,8 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
 def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     """One evaluation, from config to files."""
     check(cfg)
+    if cfg.judge and cfg.task not in JUDGED:
+        raise ValueError(f"judge={cfg.judge}: not read by task={cfg.task}, but by {', '.join(JUDGED)}; leave it out")
     check_output_dir(Path(cfg.output_dir), cfg.task)
     start = time.time()
     result: Result = import_module(f"dpo.evals.{cfg.task}").run(cfg)
@@ -85,7 +87,7 @@ def check_output_dir(path: Path, task: str) -> None:
     if (path / CONFIG).exists():
         raise ValueError(f"output_dir={path}: holds a training run; name another directory")
     if (path / RESULTS).is_file():
-        held = json.loads((path / RESULTS).read_text(encoding="utf-8")).get("task", task)
+        held = read(path / RESULTS).get("task", task)
         if held != task:
             raise ValueError(f"output_dir={path}: holds the result of task={held}; name another directory")
 

@@ -202,6 +202,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "mt_bench": ("model_name_or_path",),
     "compare": ("runs",),
 }
+JUDGED = ("win_rate", "alpaca_eval", "mt_bench")
 
 
 def _one_of(*choices: str) -> tuple[Any, str]:

@@ -1,5 +1,6 @@
 """The tasks of eval.py: calibration by hand, generation and KL by their definitions, the world by enumeration."""
 
+import base64
 import csv
 import importlib.util
 import json
@@ -10,9 +11,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from scipy import stats
 
 import eval  # registers its schema
 from dpo.build import build_finished_policy, build_template
@@ -61,6 +64,21 @@ def test_every_task_is_a_file_with_a_run():
 # --- preference ---
 
 
+def test_what_the_pairs_were_is_known_by_their_words_and_not_by_their_file(adapter, tmp_path):
+    """And the reference with its weights, where the loss has one."""
+
+    def facts(text: str, name: str, *more: str) -> dict:
+        row = {"prompt": "May I pet a cow?", "chosen": "Yes.", "rejected": text}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        given = [f"adapter_name_or_path={adapter}", f"eval_dataset={tmp_path / name}", *more]
+        return eval.evaluate(config("preference", tmp_path / f"out {name}", *given), {}).provenance
+
+    one, same, other = facts("No.", "a.jsonl"), facts("No.", "b.jsonl"), facts("Never.", "c.jsonl", "pref_loss=orpo")
+    assert len(one["data_sha256"]) == 64 and one["data_sha256"] == same["data_sha256"] != other["data_sha256"]
+    assert one["ref_model_sha256"] != one["model_sha256"] and "ref_model_sha256" not in other
+    assert one["template_sha256"] == other["template_sha256"]
+
+
 def test_calibration_by_hand():
     """sigmoid(2) = 0.881 twice, one right; sigmoid(0.1) = 0.525 once, right; 2/3 |0.5 - 0.881| + 1/3 |1 - 0.525|."""
     error, table = calibration([2.0, -2.0, 0.1])
@@ -84,13 +102,15 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
     given = [f"adapter_name_or_path={adapter}", "pref_beta=1"]
     cfg = config("preference", tmp_path, *given, "max_samples=30")
     result = eval.evaluate(cfg, {})
-    plain = preference(cfg)
+    plain, _ = preference(cfg)
     assert {name: result.metrics[name] for name in plain if name != "eval_runtime"} == {
         name: value for name, value in plain.items() if name != "eval_runtime"
     }
     assert result.metrics["accuracy"] == pytest.approx(plain["eval_rewards/accuracies"])
     margins = [sample["margin"] for sample in result.samples]
     assert sum(margins) / 30 == pytest.approx(plain["eval_rewards/margins"], rel=1e-5) and margins == sorted(margins)
+    interval = stats.bootstrap((margins,), np.mean, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    assert result.intervals["eval_rewards/margins"] == pytest.approx(interval, abs=0.1 * np.std(margins))
     alone = eval.evaluate(config("preference", tmp_path, *given, "max_samples=1"), {})
     (row,) = (sample for sample in result.samples if sample["id"] == alone.samples[0]["id"])
     assert row["margin"] == pytest.approx(alone.samples[0]["margin"], rel=1e-3)
@@ -104,6 +124,7 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
 def test_labelled_rows_have_their_slices_too(tmp_path):
     result = eval.evaluate(config("preference", tmp_path, "pref_loss=kto"), {})
     assert {"desirable", "undesirable"} <= {row["slice"] for row in result.tables["by slice"]}
+    assert "eval_rewards/margins" not in result.intervals
 
 
 # --- generation, kl, world ---
@@ -202,12 +223,20 @@ def test_compare_has_a_line_per_metric_and_says_what_differs(tmp_path):
     assert result.tables["metrics"] == [{"metric": "win_rate/win_rate", a: "0.5 (0.4 to 0.6)", b: "0.6 (0.5 to 0.7)"}]
     assert result.tables["what differs"] == [{"": "seed", a: 1, b: 2}]
     if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+        picture = (tmp_path / "out" / "compare.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert base64.b64encode(picture).decode() in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch):
+def test_compare_says_when_nothing_differs(tmp_path):
+    runs = [result_file(tmp_path / "a", 0.5), result_file(tmp_path / "b", 0.6)]
+    result = eval.evaluate(config("compare", tmp_path / "out", f"runs=[{','.join(map(str, runs))}]"), {})
+    assert result.tables["what differs"] == [{"": "nothing"}]
+
+
+def test_without_matplotlib_there_is_no_plot(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert compare.draw({}, tmp_path / "x.png") == 'No plot: drawing needs matplotlib (pip install -e ".[plot]").'
+    assert compare.draw({}) == 'No plot: drawing needs matplotlib (pip install -e ".[plot]").'
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, "holds no results.json"), ("{}", "results.json is no evaluation's")])
@@ -215,7 +244,7 @@ def test_compare_needs_results(tmp_path, text, said):
     if text:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=rf"^runs={re.escape(str(tmp_path))}: .*{said}"):
-        compare.read(tmp_path)
+        compare.read_evaluation(tmp_path)
 
 
 # --- the command ---
@@ -233,6 +262,23 @@ def test_files_of_something_else_are_left_alone(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"^output_dir={re.escape(str(tmp_path / name))}: {said}; name a"):
             eval.evaluate(config("world", tmp_path / name), {})
+
+
+@pytest.mark.parametrize("text", ['{"task', "[1]"])
+def test_a_damaged_result_is_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    said = rf"^{re.escape(str(tmp_path / 'results.json'))}: holds no JSON object; delete it, or name another directory"
+    with pytest.raises(ValueError, match=said):
+        eval.evaluate(config("world", tmp_path), {})
+    with pytest.raises(ValueError, match=said):
+        compare.read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("task", sorted({*TASKS} - {"win_rate", "alpaca_eval", "mt_bench"}))
+def test_a_judge_that_a_task_does_not_ask_is_refused(tmp_path, task):
+    said = rf"^judge=gold: not read by task={task}, but by win_rate, alpaca_eval, mt_bench; leave it out"
+    with pytest.raises(ValueError, match=said):
+        eval.evaluate(config(task, tmp_path, "judge=gold"), {})
 
 
 @pytest.mark.parametrize("task", [task for task, needs in TASKS.items() if needs])

@@ -89,6 +89,23 @@ def test_a_run_counts_tokens_and_bytes_of_the_texts_it_takes(tmp_path):
     assert result.metrics["nats_per_token"] == pytest.approx(-total / result.counts["tokens"])
 
 
+def test_texts_are_resampled_whole_and_one_alone_has_no_interval(tmp_path):
+    """Of two texts a resample is of one of them alone with probability 1/4: the interval ends at the rates of each."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a cow eats grass"}\n{"text": "xyz xyz"}\n')
+    result = run(configured(tmp_path, perplexity_file=tmp_path / "rows.jsonl"))
+    rates = sorted(-row["log_likelihood"] / row["tokens"] for row in result.samples)
+    assert result.intervals["nats_per_token"] == pytest.approx(rates)
+    bits = sorted(-row["log_likelihood"] / row["bytes"] / math.log(2) for row in result.samples)
+    assert result.intervals["bits_per_byte"] == pytest.approx(bits)
+    assert not run(configured(tmp_path, perplexity_file=tmp_path / "rows.jsonl", max_samples=1)).intervals
+
+
+def test_texts_that_are_all_empty_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": "cow"}\n')
+    with pytest.raises(ValueError, match=r"^max_samples=1: the first texts of .*rows\.jsonl are empty; take more"):
+        run(configured(tmp_path, perplexity_file=tmp_path / "rows.jsonl", max_samples=1))
+
+
 def test_a_text_file_is_one_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\ntwo é".encode())
     assert read(tmp_path / "a.txt") == ["one\r\n\ntwo é"]

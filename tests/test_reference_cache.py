@@ -338,7 +338,7 @@ def evaluated(*arguments: str) -> dict[str, float]:
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("eval", expanded)
     check(cfg)
-    return {name: value for name, value in preference(cfg).items() if name not in TIMING_KEYS}
+    return {name: value for name, value in preference(cfg)[0].items() if name not in TIMING_KEYS}
 
 
 @pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])

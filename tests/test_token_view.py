@@ -102,7 +102,7 @@ def test_each_log_ratio_is_the_definitions_on_a_row_of_its_own(run):
 def test_the_sums_that_are_shown_are_the_rewards_that_eval_reports(run, capsys):
     """Means over the rows; accuracy is the share that is ranked right."""
     cfg = config(f"run={run[0]}", "per_device_eval_batch_size=2")
-    metrics = preference(cfg)
+    metrics, _ = preference(cfg)
     capsys.readouterr()
     view(cfg, colour=False)
     shown = capsys.readouterr().out

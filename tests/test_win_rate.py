@@ -133,6 +133,18 @@ def test_slices_add_up_and_name_source_and_lengths():
     assert "mean_p_after" not in result.metrics
 
 
+def test_a_judge_that_says_nothing_both_times_is_not_consistent():
+    """Of three pairs one without a verdict; of the others one is the same in both orders."""
+    said = [("INVALID", "INVALID", "INVALID"), ("FIRST", "FIRST", "FIRST"), ("TIE", "FIRST", "SECOND")]
+    rows = [
+        {"verdict": verdict, "p": None, "orders": [{"verdict": one, "raw": ""} for one in orders], "reason": ""}
+        for verdict, *orders in said
+    ]
+    prompts, answers = [prompt(str(i)) for i in range(3)], [answer("a"), answer("b"), answer("c")]
+    result = count(prompts, answers, answers[::-1], rows, resamples=100, seed=0, max_invalid=1)
+    assert result.metrics["order_consistency"] == 0.5
+
+
 # --- judging ---
 
 

@@ -48,7 +48,7 @@ def answer_all(
     # By length: those of a batch then share their padding.
     order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))
     done = sum(id in progress.done for id in ids)
-    with packed(policy), tqdm(total=len(ids), initial=done, desc="answers", unit="") as bar:
+    with packed(policy), tqdm(total=len(ids), initial=done, desc=progress.path.stem, unit="") as bar:
         for one in dict.fromkeys(samplings):
             alike = [i for i in order if samplings[i] == one]
             for first in range(0, len(alike), batch_size):

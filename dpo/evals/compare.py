@@ -1,29 +1,36 @@
 """task=compare: the numbers of several evaluations in one table and one plot, with their intervals."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from dpo.evals.results import RESULTS, Result
+from dpo.doctor.page import picture
+from dpo.evals.results import RESULTS, Result, read
 
 
 def run(cfg: DictConfig) -> Result:
-    found = {name: read(Path(name)) for name in cfg.runs}
-    result = Result("compare", {}, tables={"metrics": table(found), "what differs": differences(found)})
-    directory = Path(cfg.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    print(draw(found, directory / "compare.png"))
+    found = {name: read_evaluation(Path(name)) for name in cfg.runs}
+    differ = differences(found) or [{"": "nothing"}]
+    result = Result("compare", {}, tables={"metrics": table(found), "what differs": differ})
+    path = Path(cfg.output_dir) / "compare.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = draw(found)
+    if isinstance(drawn, str):
+        print(drawn)
+    else:
+        drawn.savefig(path, dpi=100, metadata={"Software": None})
+        result.pictures = [picture(drawn, "the metrics of each evaluation")]
+        print(f"plot: {path}")
     return result
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read_evaluation(directory: Path) -> dict[str, Any]:
     path = directory / RESULTS
     if not path.is_file():
         raise ValueError(f"runs={directory}: holds no {RESULTS}; name the output_dir of an evaluation")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read(path)
     if "task" not in found:
         raise ValueError(f"runs={directory}: its {RESULTS} is no evaluation's; name the output_dir of eval.py")
     return found
@@ -57,8 +64,8 @@ def differences(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if len({str(line[run]) for run in found}) > 1]
 
 
-def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> str:
-    """A panel per metric that has an interval somewhere, or else per metric; returns a line that says where."""
+def draw(found: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A figure with a panel per metric that has an interval somewhere, or else per metric; a line where it cannot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -77,5 +84,4 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> str:
         axis.set_yticks(range(len(columns)), columns)
         axis.set_ylim(len(columns) - 0.5, -0.5)
         axis.set_title(f"{metric}, with its 95% interval" if metric in sure else metric, fontsize=10)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    return f"plot: {path}"
+    return figure

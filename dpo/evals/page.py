@@ -14,8 +14,10 @@ from models.command import printable
 SHOWN = 200
 
 
-def page(found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> bytes:
-    """found: what results.json holds."""
+def page(
+    found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], pictures: Sequence[str] = ()
+) -> bytes:  # fmt: skip
+    """found: what results.json holds; pictures: HTML."""
     title = escape(f"Evaluation: {found['task']}")
     metrics = [
         {"metric": name, "value": value, "95% interval": found["intervals"].get(name)}
@@ -26,7 +28,8 @@ def page(found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> byte
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>",
         f'<p class="warn">{_escaped(found["error"])}</p>' if "error" in found else "",
-        table_html(metrics),
+        table_html(metrics) if metrics else "",
+        *pictures,
         *(f"<h2>{_escaped(name)}</h2>{table_html(rows)}" for name, rows in found["tables"].items()),
         "<h2>What it was found with</h2>" + table_html(about),
         f"<h2>{min(SHOWN, len(samples)):,} of {len(samples):,} samples</h2>" if samples else "",

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from dpo.evals.benchmark import of_likelihoods
 from dpo.evals.choices import Choices, batches, first_ids, lone_id, score
 from dpo.evals.provenance import of_code
 from dpo.evals.results import Result, file_sha256
+from dpo.evals.statistics import bootstrap
 from dpo.files import rows_of, suffix_of
 from dpo.turns import BadRow
 from models.tokenizer import Tokenizer
@@ -37,6 +39,8 @@ def run(cfg: DictConfig) -> Result:
     total, texts = len(texts), texts[: cfg.max_samples]
     tokenizer = Tokenizer(model_dir(cfg.model_name_or_path))
     ids = tokenizer.encode(texts)
+    if not any(ids):
+        raise ValueError(f"max_samples={cfg.max_samples}: the first texts of {path} are empty; take more")
     first = (first_ids(tokenizer) or [lone_id(tokenizer)])[-1]
     policy = build_finished_policy(cfg, choose_device(cfg.device))
     length, stride = cfg.cutoff_len, cfg.perplexity_stride or cfg.cutoff_len
@@ -48,16 +52,24 @@ def run(cfg: DictConfig) -> Result:
     ]
     tokens, size = (sum(column) for column in zip(*sizes, strict=True))
     provenance = of_code(cfg) | of_likelihoods(cfg) | {
-        "data_sha256": file_sha256(path), "stride": stride,
+        "data_sha256": file_sha256(path), "stride": stride, "seed": cfg.seed,
         "texts": f"the first {len(texts)} of {total}" if len(texts) < total else "all",
     }  # fmt: skip
     counts = {"texts": len(texts), "tokens": tokens, "bytes": size}
-    return Result(
+    result = Result(
         "perplexity", metrics(sum(logps), tokens, size), counts=counts, provenance=provenance, samples=samples
     )
+    if min(map(len, ids)) and len(ids) > 1:  # one text says nothing of how others differ
+        rows_N3 = np.array([[logp, *row] for logp, row in zip(logps, sizes, strict=True)])
+        for name in ("nats_per_token", "bits_per_byte"):
+            rate = lambda drawn_N3, name=name: metrics(*drawn_N3.sum(0).tolist())[name]
+            result.intervals[name] = bootstrap(
+                rows_N3, rate, resamples=cfg.resamples, seed=cfg.seed, method="percentile"
+            )
+    return result
 
 
-def metrics(logp: float, tokens: int, size: int) -> dict[str, float]:
+def metrics(logp: float, tokens: float, size: float) -> dict[str, float]:
     nats, bits = -logp / tokens, -logp / size / math.log(2)
     found = {"nats_per_token": nats, "token_perplexity": _power(math.e, nats), "bits_per_byte": bits}
     return {name: x for name, x in (found | {"byte_perplexity": _power(2, bits)}).items() if math.isfinite(x)}

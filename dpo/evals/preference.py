@@ -18,10 +18,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dpo.build import build_eval_rows, build_finished_policy, build_finished_reference, build_template, new_objective
-from dpo.config import as_list
 from dpo.evals import provenance
 from dpo.evals.results import Result, finite
-from dpo.evals.statistics import grouped, thirds, wilson
+from dpo.evals.statistics import bootstrap, grouped, thirds, wilson
 from dpo.objective import Saw, evaluate
 from dpo.tokens import Encoded, describe_cuts, sides
 from models.weights import choose_device
@@ -38,20 +37,21 @@ def run(cfg: DictConfig) -> Result:
         if margins is not None:
             seen.extend(zip(rows, margins.tolist(), strict=True))
 
-    metrics = preference(cfg, saw)
+    metrics, facts = preference(cfg, saw)
     runtime = metrics.pop("eval_runtime")
-    result = Result("preference", finite(metrics), time={"eval_runtime": runtime})
-    result.provenance = {
-        **provenance.of_policy(cfg), "eval_dataset": ",".join(as_list(cfg.eval_dataset)),
-        "pref_loss": str(cfg.pref_loss), "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len,
-    }  # fmt: skip
+    result = Result("preference", finite(metrics), provenance=facts, time={"eval_runtime": runtime})
     if seen:
         _add_calibration(result, seen)
+        if "rejected" in sides(seen[0][0]):  # of labelled rows it is no mean over rows
+            margins = [margin for _, margin in seen]
+            result.intervals["eval_rewards/margins"] = bootstrap(
+                margins, resamples=cfg.resamples, seed=cfg.seed, method="bca"
+            )
     return result
 
 
-def preference(cfg: DictConfig, saw: Saw = lambda *_: None) -> dict[str, float]:
-    """The guide's metrics of the policy against the reference on eval_dataset."""
+def preference(cfg: DictConfig, saw: Saw = lambda *_: None) -> tuple[dict[str, float], provenance.Facts]:
+    """(the guide's metrics of the policy against the reference on eval_dataset, what they were found with)."""
     device = choose_device(cfg.device)
     template = build_template(cfg)
     rows = build_eval_rows(cfg, template)
@@ -59,10 +59,15 @@ def preference(cfg: DictConfig, saw: Saw = lambda *_: None) -> dict[str, float]:
     objective, description = new_objective(cfg), "none"
     objective.check(rows.evaluation)
     policy = build_finished_policy(cfg, device)
+    facts = {
+        **provenance.of_policy(cfg), **provenance.of_rows(cfg, rows.evaluation), **provenance.of_template(template),
+        "pref_loss": str(cfg.pref_loss), "pref_beta": cfg.pref_beta, "cutoff_len": cfg.cutoff_len, "seed": cfg.seed,
+    }  # fmt: skip
     if objective.loss.needs_reference:
         objective.reference, description = build_finished_reference(cfg, policy, rows.evaluation)
+        facts |= provenance.of_reference(cfg)
     print(f"reference: {description}")
-    return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size, saw)
+    return evaluate(policy, objective, rows.evaluation, cfg.per_device_eval_batch_size, saw), facts
 
 
 def _add_calibration(result: Result, seen: Sequence[Seen]) -> None:

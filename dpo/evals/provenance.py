@@ -1,6 +1,8 @@
 """Provenance: what a number was found with, down to the bytes of the weights."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from dpo.build import model_dir
 from dpo.config import as_list
 from dpo.evals.prompts import Prompt, prompts_sha256
 from dpo.evals.results import git_commit, model_sha256, text_sha256
+from dpo.tokens import Encoded
 from models.sampling import Sampling
 from models.template import ChatTemplate
 from models.weights import choose_device, choose_dtype
@@ -50,9 +53,18 @@ def of_data(cfg: DictConfig, prompts: Sequence[Prompt]) -> Facts:
     return {"eval_dataset": ",".join(as_list(cfg.eval_dataset or "world")), "data_sha256": prompts_sha256(prompts)}
 
 
+def of_rows(cfg: DictConfig, rows: Sequence[Encoded]) -> Facts:
+    """Of rows with their responses, in their order, wherever they were read from."""
+    said = (json.dumps(asdict(replace(row.example, source=""))) for row in rows)
+    return {"eval_dataset": ",".join(as_list(cfg.eval_dataset)), "data_sha256": text_sha256(said)}
+
+
+def of_template(template: ChatTemplate) -> Facts:
+    return {"template_sha256": text_sha256([str(template.source)])}
+
+
 def of_answers(template: ChatTemplate, sampling: Sampling, max_new_tokens: int, seed: int) -> Facts:
-    return {
-        "template_sha256": text_sha256([str(template.source)]),
+    return of_template(template) | {
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
         "min_p": sampling.min_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip

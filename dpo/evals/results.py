@@ -39,6 +39,8 @@ class Result:
     """by slice."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """one per item, JSON values, each with a stable `id`."""
+    pictures: list[str] = field(default_factory=list)
+    """HTML of report.html alone."""
     time: dict[str, str | float] = field(default_factory=dict)
     """what differs from one evaluation to the next of the same."""
     error: str = ""
@@ -55,13 +57,24 @@ def write(result: Result, directory: Path, overrides: Mapping[str, str] | None =
     } | ({"error": result.error} if result.error else {})  # fmt: skip
     lines = "".join(_json(sample) + "\n" for sample in result.samples)
     write_beside(directory / SAMPLES, lines.encode())
-    write_beside(directory / REPORT, page(found, result.samples))
+    write_beside(directory / REPORT, page(found, result.samples, result.pictures))
     # Last: where it stands, the others do.
     write_beside(directory / RESULTS, (_json(found, indent=2) + "\n").encode())
 
 
 def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a results.json holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; delete it, or name another directory")
+    return found
 
 
 def show(result: Result) -> Iterator[str]:

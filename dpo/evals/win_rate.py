@@ -139,7 +139,8 @@ def count(
     scores = [SCORES_OF[sample["outcome"]] for sample in valid]
     gained = [len(sample["answers"]["after"]) - len(sample["answers"]["before"]) for sample in valid]
     p_values = [sample["p_after"] for sample in valid if sample["p_after"] is not None]
-    asked = [row["orders"] for row in verdicts if len(row["orders"]) == 2]
+    # Two orders without a verdict do not agree.
+    asked = [row["orders"] for row in verdicts if row["orders"] and row["verdict"] != Verdict.INVALID.name]
     rate = float(np.mean(scores))
     needed = prompts_needed(rate, ties=ties / len(valid))
     result.metrics = {
