@@ -16,11 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo.config import JUDGED, EvalConfig, check
+from dpo.config import EvalConfig, check
 from dpo.evals import provenance
 from dpo.evals.results import REPORT, RESULTS, Result, read, show, write
 from dpo.run import CONFIG, collect_sweep, write_results
-from models.command import one_line_errors, prepare_command_line
+from models.command import one_line_errors, prepare_command_line, while_read
 
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
 
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     if job.mode == RunMode.MULTIRUN:
         sweep_job(cfg, overrides, int(job.job.num))
         return
-    with one_line_errors():
+    with one_line_errors(), while_read():
         evaluate(cfg, overrides)
 
 
@@ -60,8 +60,6 @@ def sweep_job(cfg: DictConfig, overrides: dict[str, str], number: int) -> None:
 def evaluate(cfg: DictConfig, overrides: dict[str, str]) -> Result:
     """One evaluation, from config to files."""
     check(cfg)
-    if cfg.judge and cfg.task not in JUDGED:
-        raise ValueError(f"judge={cfg.judge}: not read by task={cfg.task}, but by {', '.join(JUDGED)}; leave it out")
     check_output_dir(Path(cfg.output_dir), cfg.task)
     start = time.time()
     result: Result = import_module(f"dpo.evals.{cfg.task}").run(cfg)

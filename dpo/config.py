@@ -202,6 +202,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "mt_bench": ("model_name_or_path",),
     "compare": ("runs",),
 }
+# Those that may ask a judge.
 JUDGED = ("win_rate", "alpaca_eval", "mt_bench")
 
 
@@ -313,6 +314,8 @@ def check(cfg: DictConfig) -> list[str]:
     """ValueError for a value out of its range or a combination that cannot run; returns warnings, a line each."""
     refuse_unset(cfg, needed=_needed(cfg), model_name_or_path=" (or model=NAME)")
     check_values(cfg)
+    if "task" in cfg and cfg.judge and cfg.task not in JUDGED:
+        raise ValueError(f"judge={cfg.judge}: not read by task={cfg.task}, but by {', '.join(JUDGED)}; leave it out")
     if cfg.bf16 and cfg.fp16:
         raise ValueError("bf16=True and fp16=True: choose one; neither means float32")
     for key in ("ref_cache_dir", "tokenized_path"):

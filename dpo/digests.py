@@ -1,4 +1,4 @@
-"""Digests: the SHA-256 of files, remembered while they are not touched, and files that are written whole or not at all.
+"""Digests: the SHA-256 of files and texts, and files that are written whole or not at all.
 
 dpo.reference_cache and dpo.token_cache name what they keep by the digests of all that it depends on.
 """
@@ -6,10 +6,24 @@ dpo.reference_cache and dpo.token_cache name what they keep by the digests of al
 import json
 import os
 import uuid
-from hashlib import file_digest
+from collections.abc import Iterable
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 DIGESTS = "digests.json"
+
+
+def file_sha256(*paths: Path) -> str:
+    """Of one file its SHA-256; of several that of theirs, one after the other."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else text_sha256(digests)
+
+
+def text_sha256(texts: Iterable[str]) -> str:
+    return sha256("\n".join(texts).encode()).hexdigest()
 
 
 def digest(path: Path, memory: Path) -> str:
@@ -22,8 +36,7 @@ def digest(path: Path, memory: Path) -> str:
     except (OSError, ValueError):  # none yet, or damaged: what it says is then found out again
         known = {}
     if key not in known:
-        with path.open("rb") as file:
-            known[key] = file_digest(file, "sha256").hexdigest()
+        known[key] = file_sha256(path)
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_beside(memory, json.dumps(known, indent=0).encode())
     return known[key]

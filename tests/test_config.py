@@ -230,6 +230,7 @@ def test_without_the_default_experiment_model_and_dataset_must_be_named():
 
 # The settings under which a key is read, where that is not the default's.
 READ_UNDER = {
+    "judge": {"task": "win_rate"},
     "discopop_tau": {"pref_loss": "discopop"},
     "simpo_gamma": {"pref_loss": "simpo"},
     "kto_chosen_weight": {"pref_loss": "kto"},
@@ -324,7 +325,8 @@ def test_every_rule_has_its_edges_tested():
 @pytest.mark.parametrize("key", EDGES)
 def test_a_value_out_of_range_is_refused_with_its_name_and_the_rule(default, default_eval, key):
     # val_size and an eval_dataset exclude each other, which is another rule.
-    cfg = changed(default, eval_dataset=None, **READ_UNDER.get(key, {})) if key in default else default_eval
+    base = changed(default, eval_dataset=None) if key in default else default_eval
+    cfg = changed(base, **READ_UNDER.get(key, {}))
     bad, good = EDGES[key]
     for value in bad:
         with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: (must|expected)"):

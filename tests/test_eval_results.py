@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dpo.digests import file_sha256, text_sha256
 from dpo.evals.page import cell, page, table
-from dpo.evals.results import Result, file_sha256, finite, git_commit, model_sha256, show, text_sha256, write
+from dpo.evals.provenance import git_commit, model_sha256
+from dpo.evals.results import Result, finite, show, write
 from models.weights import WORLD
 
 EVIL = "<script>alert(1)</script> </div> \x1b[31m \u202e \ud800 &amp; <img src=x onerror=y>"

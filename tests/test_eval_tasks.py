@@ -278,7 +278,7 @@ def test_a_damaged_result_is_named(tmp_path, text):
 def test_a_judge_that_a_task_does_not_ask_is_refused(tmp_path, task):
     said = rf"^judge=gold: not read by task={task}, but by win_rate, alpaca_eval, mt_bench; leave it out"
     with pytest.raises(ValueError, match=said):
-        eval.evaluate(config(task, tmp_path, "judge=gold"), {})
+        eval.evaluate(config(task, tmp_path, "judge=gold", "perplexity_file=x", "runs=[x]"), {})
 
 
 @pytest.mark.parametrize("task", [task for task, needs in TASKS.items() if needs])

@@ -157,14 +157,15 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path):
     assert [order["raw"] for order in rows[1]["orders"]] == ["A", "A"]
 
 
-def test_a_verdict_is_asked_for_once_but_one_that_the_network_lost_again(tmp_path):
+def test_a_verdict_is_asked_for_once_and_a_failure_again(tmp_path):
     def judged(outcome: str) -> list[str]:
         judge = Scripted({"1": Verdict.INVALID}, outcome)
         (row,) = judge_pairs(judge, [prompt("1")], [answer("x")], [answer("y")], tmp_path / "v.jsonl")
         assert row["verdict"] == "INVALID"
         return judge.asked
 
-    assert judged("http_error") == ["1"] and judged("malformed") == ["1"] and judged("ok") == []
+    assert judged("http_error") == ["1"] and judged("malformed") == ["1"] and judged("ok") == ["1"]
+    assert judged("ok") == []
 
 
 def test_labels_that_people_add_or_mend_later_count(tmp_path):

@@ -33,12 +33,12 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dpo.build import build_finished_policy, build_template
-from dpo.digests import write_beside
+from dpo.digests import file_sha256, write_beside
 from dpo.evals import provenance
 from dpo.evals.answers import answer_prompts
 from dpo.evals.ask import ask
 from dpo.evals.prompts import Prompt
-from dpo.evals.results import Result, file_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import bootstrap, grouped, length_adjusted
 from dpo.files import rows_of
 from dpo.judge.build import build_endpoint

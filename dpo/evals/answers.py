@@ -44,7 +44,8 @@ def answer_all(
     positions = policy.config.max_position_embeddings
     for id, prompt in zip(ids, prompts, strict=True):
         if len(prompt) >= positions:
-            raise ValueError(f"{id}: its prompt takes {len(prompt)} tokens, the model sees {positions}; leave it out")
+            raise ValueError(f"{id}: its prompt takes {len(prompt)} tokens, the model sees {positions}; leave it out, "
+                             "stop before it with max_samples, or name a model that sees more")  # fmt: skip
     # By length: those of a batch then share their padding.
     order = sorted(range(len(ids)), key=lambda i: len(prompts[i]))
     done = sum(id in progress.done for id in ids)

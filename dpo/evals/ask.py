@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dpo.digests import text_sha256
 from dpo.evals.progress import Progress
-from dpo.evals.results import text_sha256
 from dpo.judge.endpoint import EndpointJudge, Reply
 from models.template import Message
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo.build import build_finished_policy, model_dir
+from dpo.digests import text_sha256
 from dpo.evals.choices import Question, batches, encode_choices, score
 from dpo.evals.progress import Progress
 from dpo.evals.provenance import Facts, of_code, of_policy
-from dpo.evals.results import text_sha256
 from models.tokenizer import Tokenizer
 from models.weights import choose_device, choose_dtype
 

@@ -29,13 +29,14 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dpo.build import build_finished_policy, build_template
+from dpo.digests import file_sha256
 from dpo.evals import mt_bench_files as files
 from dpo.evals import provenance
 from dpo.evals.answers import answer_all
 from dpo.evals.ask import ask
 from dpo.evals.mt_bench_files import FAILED_ANSWERS, NEED_REFERENCE, TEMPERATURES, Row, Turns, answered
 from dpo.evals.progress import Progress
-from dpo.evals.results import Result, file_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import bootstrap
 from dpo.judge.build import build_endpoint
 from dpo.judge.endpoint import EndpointJudge, Reply

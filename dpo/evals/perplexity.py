@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from dpo.build import build_finished_policy, model_dir
+from dpo.digests import file_sha256
 from dpo.evals.benchmark import of_likelihoods
 from dpo.evals.choices import Choices, batches, first_ids, lone_id, score
 from dpo.evals.provenance import of_code
-from dpo.evals.results import Result, file_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import bootstrap
 from dpo.files import rows_of, suffix_of
 from dpo.turns import BadRow

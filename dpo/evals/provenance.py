@@ -1,6 +1,7 @@
 """Provenance: what a number was found with, down to the bytes of the weights."""
 
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from omegaconf import DictConfig
 
 from dpo.build import model_dir
 from dpo.config import as_list
+from dpo.digests import file_sha256, text_sha256
 from dpo.evals.prompts import Prompt, prompts_sha256
-from dpo.evals.results import git_commit, model_sha256, text_sha256
 from dpo.tokens import Encoded
+from models.lora import ADAPTER_WEIGHTS
 from models.sampling import Sampling
 from models.template import ChatTemplate
-from models.weights import choose_device, choose_dtype
+from models.weights import choose_device, choose_dtype, weight_files
 
 Facts = dict[str, str | int | float | None]
 
@@ -73,3 +75,22 @@ def of_answers(template: ChatTemplate, sampling: Sampling, max_new_tokens: int, 
 def model_id(cfg: DictConfig) -> str:
     """What files of answers call the policy: model_id, or the name of its adapter's or its model's directory."""
     return cfg.model_id or Path(cfg.adapter_name_or_path or cfg.model_name_or_path).name
+
+
+def model_sha256(directory: Path) -> str:
+    """Of the weights' bytes: a model's or an adapter's."""
+    adapter = directory / ADAPTER_WEIGHTS
+    return file_sha256(adapter) if adapter.is_file() else file_sha256(*weight_files(directory))
+
+
+def git_commit() -> str | None:
+    """Of this code; with `+` where files differ from it, None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -10,18 +10,14 @@ left out: JSON has no NaN.
 
 import json
 import math
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from dpo.digests import write_beside
 from dpo.evals.page import page, table
 from models.command import printable
-from models.lora import ADAPTER_WEIGHTS
-from models.weights import weight_files
 
 RESULTS, SAMPLES, REPORT = "results.json", "samples.jsonl", "report.html"
 
@@ -93,35 +89,3 @@ def show(result: Result) -> Iterator[str]:
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers that there are."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def file_sha256(*paths: Path) -> str:
-    """Of one file its SHA-256; of several that of theirs, one after the other."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else text_sha256(digests)
-
-
-def text_sha256(texts: Iterable[str]) -> str:
-    return sha256("\n".join(texts).encode()).hexdigest()
-
-
-def model_sha256(directory: Path) -> str:
-    """Of the weights' bytes: a model's or an adapter's."""
-    adapter = directory / ADAPTER_WEIGHTS
-    return file_sha256(adapter) if adapter.is_file() else file_sha256(*weight_files(directory))
-
-
-def git_commit() -> str | None:
-    """Of this code; with `+` where files differ from it, None outside a repository."""
-    here = Path(__file__).parent
-    try:
-        commit, changed = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")

@@ -25,9 +25,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dpo.digests import file_sha256
 from dpo.evals.benchmark import LETTERS, lettered, lettered_text, measure
 from dpo.evals.choices import Question
-from dpo.evals.results import Result, file_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import wilson
 from models.config import one_line
 

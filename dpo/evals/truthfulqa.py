@@ -25,9 +25,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from dpo.digests import file_sha256
 from dpo.evals.benchmark import lettered, measure
 from dpo.evals.choices import Question
-from dpo.evals.results import Result, file_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import bootstrap, wilson
 from models.config import one_line
 

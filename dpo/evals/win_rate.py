@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from dpo.build import build_finished_policy, build_live_reference, build_template, check_reference
+from dpo.digests import text_sha256
 from dpo.evals import provenance
 from dpo.evals.answers import Answer, answer_prompts
 from dpo.evals.progress import Progress
 from dpo.evals.prompts import Prompt, prompts_of
-from dpo.evals.results import Result, text_sha256
+from dpo.evals.results import Result
 from dpo.evals.statistics import (
     Interval,
     bootstrap,
@@ -34,6 +35,7 @@ from dpo.evals.statistics import (
     wilson,
 )
 from dpo.judge.build import build_judge
+from dpo.judge.store import KEPT
 from dpo.judge.verdict import Judge, Judged, Pair, Verdict
 from models.sampling import Sampling
 from models.weights import choose_device
@@ -85,9 +87,9 @@ def judge_pairs(
         with tqdm(total=len(unlike), initial=len(unlike) - len(wanted), desc=f"judge {judge.name}", unit="") as bar:
 
             def on_done(pair: Pair, judged: Judged) -> None:
-                # What the endpoint did not answer may be asked again by whoever starts this evaluation again. A judge
-                # without orders costs nothing, and people's labels may have changed by then.
-                if judged.orders and all(order.outcome != "http_error" for order in judged.orders):
+                # A failure may be asked about again by whoever starts this evaluation again. A judge without orders
+                # costs nothing, and people's labels may have changed by then.
+                if judged.orders and all(order.outcome in KEPT for order in judged.orders):
                     progress.add({"id": pair.id, **_told(judged)})
                 bar.update()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dpo.build import model_dir
-from dpo.evals.results import file_sha256
+from dpo.digests import file_sha256
 from dpo.judge.endpoint import EndpointJudge
 from dpo.judge.gold import GoldJudge
 from dpo.judge.human import HumanJudge
