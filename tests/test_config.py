@@ -166,6 +166,7 @@ def test_every_group_file_composes_and_sets_what_it_says(path):
     assert path.read_text().startswith("# @package _global_\n# ")  # and says why
 
 
+@pytest.mark.slow
 def test_every_group_file_passes_its_checks():
     for path in GROUP_FILES:
         given = {"model_name_or_path": "m", "dataset": "d", "output_dir": "x", **OmegaConf.load(path)}

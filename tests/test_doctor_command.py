@@ -216,6 +216,7 @@ def test_side_by_side_marks_what_differs():
 # --- export ---
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=st.lists(st.sampled_from(["good", "bad", "drop"]), min_size=1), suffix=st.sampled_from(["jsonl", "json"]))
 def test_an_export_and_what_is_dropped_are_all_rows_in_order(tmp_path, kinds, suffix):

@@ -83,6 +83,7 @@ def dying_at(call: int):
         setattr(os, name, counted)
 
 
+@pytest.mark.slow
 def test_dying_at_any_call_leaves_a_whole_directory(tmp_path):
     """Of three that are written in turn, the second over itself, one at least is whole at any time, and is the newest
     but for the one that was being written."""

@@ -449,6 +449,7 @@ def test_training_stops_when_its_patience_is_over_and_a_resume_does_not_go_on(tm
     assert rows(tmp_path / "a")[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_more_is_better_unless_the_name_ends_in_loss(tmp_path, monkeypatch):
     """Accuracies rise and fall; the best is the highest, and with greater_is_better=false the lowest."""
     for greater, step in (("null", 4), ("false", 2)):
@@ -492,6 +493,7 @@ def test_an_evaluation_of_a_checkpoint_is_of_its_policy(tmp_path):
     assert train(looked)["eval_loss"] == pytest.approx(evaluations[4])
 
 
+@pytest.mark.slow
 def test_a_run_that_had_only_its_end_to_come_ends_with_the_same_metrics(tmp_path):
     first = train(config(tmp_path / "a", *RUN))
     assert train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true")) == pytest.approx(first)

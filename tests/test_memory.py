@@ -329,6 +329,7 @@ def test_a_run_says_its_memory_and_warns_where_it_is_not_free(tmp_path, monkeypa
     assert "warning: 100 MB of memory were free; lower max_tokens_per_micro_batch, or set gradient_check" in said
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_number_that_auto_chose(tmp_path, monkeypatch):
     """Bit for bit the uninterrupted run's weights, although less is free."""
     overrides = ["max_tokens_per_micro_batch=auto", "save_strategy=steps", "save_steps=1", "warmup_ratio=0"]

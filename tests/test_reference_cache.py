@@ -273,6 +273,7 @@ def test_a_sweep_over_beta_loss_rate_and_seed_computes_once(tmp_path, passes):
     assert len(parts(tmp_path / "reference")) == 1
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_ends_where_a_run_of_its_own_does(tmp_path):
     """Bit for bit: what earlier jobs of the process did, and that they computed the caches, does not show."""
     changes = ["learning_rate=1e-2", "val_size=4"]
@@ -311,7 +312,10 @@ def adapter(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+SLOW = [pytest.param(source, marks=pytest.mark.slow) for source in ("snapshot", "frozen copy", "another adapter")]
+
+
+@pytest.mark.parametrize("source", ["adapter off", *SLOW])
 def test_metrics_are_those_of_a_live_reference(tmp_path, adapter, source):
     """Of training and evaluation; the first loss is log 2 where policy and reference start equal."""
     options = {
@@ -341,7 +345,7 @@ def evaluated(*arguments: str) -> dict[str, float]:
     return {name: value for name, value in preference(cfg)[0].items() if name not in TIMING_KEYS}
 
 
-@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+@pytest.mark.parametrize("source", ["adapter off", *SLOW])
 def test_an_evaluation_finds_what_its_run_computed(tmp_path, adapter, passes, loaded, capsys, source):
     """No pass of the reference, no model but the policy, and the metrics of a live reference and of the run itself."""
     options = {
@@ -396,7 +400,7 @@ def test_rows_that_the_loss_cannot_honour_are_refused_before_any_weight_is_loade
 
 
 @pytest.mark.parametrize("found", [False, True], ids=["computed", "found"])
-@pytest.mark.parametrize("source", ["adapter off", "snapshot", "frozen copy", "another adapter"])
+@pytest.mark.parametrize("source", ["adapter off", *SLOW])
 def test_the_live_reference_is_the_policys_own_start_and_none_of_a_model_of_its_own(tmp_path, adapter, source, found):
     """The policy's weights are moved: within as_model it says what it said at first, and computes no gradient."""
     options = {
@@ -423,6 +427,7 @@ def test_the_live_reference_is_the_policys_own_start_and_none_of_a_model_of_its_
     assert (token_logps(policy, stream) - before).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_frozen_copy_whose_rows_are_all_found_is_not_loaded(tmp_path, loaded, capsys):
     options = ["finetuning_type=full", "learning_rate=1e-5", f"ref_cache_dir={tmp_path / 'cache'}"]
     train(config(tmp_path / "first", *options, "max_samples=8"))
@@ -461,6 +466,7 @@ def test_what_the_reference_depends_on_is_computed_anew(tmp_path, adapter, passe
     assert len(passes) == len(changes) + 1
 
 
+@pytest.mark.slow
 def test_only_rows_that_a_run_gets_to_are_computed(tmp_path, capsys):
     """One update takes 4 of 12 rows; without evaluations the held out are not asked for, without training only they."""
     cached = [f"ref_cache_dir={tmp_path / 'cache'}", "max_steps=1"]

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -31,6 +32,7 @@ def wrong_names(frame) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_every_shape_in_a_name_is_the_tensors_shape(tmp_path):
     found: list[str] = []
     seen: set[str] = set()

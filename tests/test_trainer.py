@@ -148,7 +148,13 @@ OBJECTIVES: dict[str, Callable[[Transformer], Objective]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# What no option or coupling tells apart is cut alike; one of it stands for the others.
+LIKE_SIGMOID = {name for name, loss in PREF_LOSSES.items() if name != "sigmoid" and not loss.couples}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_SIGMOID else []) for name in OBJECTIVES]
+)
 def test_no_objective_shows_how_its_batch_was_cut(name):
     """8 x 1, 2 x 4, 3 x 3 (the last of 2), 1 x 8, by tokens: weights, gradient norms, metrics to 1e-9 in 3 updates."""
     rows = random_rows(8)
@@ -261,7 +267,7 @@ def test_rows_that_the_loss_cannot_honour_stop_the_run_before_its_first_step(tmp
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx((math.log(2) + math.log1p(math.exp(1.5))) / 2)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "[sigmoid,aot]"])
+@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("[sigmoid,aot]", marks=pytest.mark.slow)])
 def test_the_cut_into_micro_batches_does_not_show(tmp_path, loss):
     """8 x 1, 2 x 4 and 1 x 8 are one logical batch of 8. float32 adds up in another order, which Adam magnifies."""
     results = []
@@ -312,7 +318,13 @@ def test_a_seed_determines_the_run_and_another_seed_another(tmp_path):
 
 
 @pytest.mark.parametrize("moves", [[], ["sync_ref_model=true", "ref_model_sync_steps=2"]], ids=["", "sync_ref_model"])
-@pytest.mark.parametrize("kind", ["finetuning_type=lora", "finetuning_type=full", "beta_dpo_alpha=0.6"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "finetuning_type=lora",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("finetuning_type=full", "beta_dpo_alpha=0.6")),
+    ],
+)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, kind, moves):
     """From step 2 of 6, where a reference that moves has moved once."""
     common = [
@@ -380,7 +392,9 @@ def test_the_norm_that_is_reported_is_the_one_before_clipping(tmp_path):
     assert rows(tmp_path / "0")[0]["grad_norm"] == rows(tmp_path / "1e-06")[0]["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("precision", ["bf16=true", "fp16=true", "gradient_checkpointing=true"])
+@pytest.mark.parametrize(
+    "precision", ["bf16=true", pytest.param("fp16=true", marks=pytest.mark.slow), "gradient_checkpointing=true"]
+)
 def test_lower_precision_and_recomputation_follow_the_float32_run(tmp_path, precision):
     """bfloat16 keeps 8 bits: a response's log-probability of about -20 nats is known to about 0.1."""
     train(config(tmp_path / "plain"))

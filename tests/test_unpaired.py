@@ -206,6 +206,7 @@ def test_a_number_that_is_of_pairs_is_refused(key):
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_a_run_on_labelled_rows_learns_saves_and_holds_out(tmp_path):
     """On the built-in pairs as two rows each; the held-out file reads as what it was."""
     cfg = config(
