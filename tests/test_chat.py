@@ -392,6 +392,7 @@ def test_a_reader_that_has_enough_ends_the_chat_quietly(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_llama_factory_file_and_a_pipe_give_answers_and_nothing_else(say, tmp_path):
     (tmp_path / "chat.yaml").write_text(
         "model_name_or_path: world\ntemplate: chatml\nfinetuning_type: lora\ntrust_remote_code: true\n"

@@ -64,6 +64,7 @@ def test_schema_and_file_have_the_same_keys_in_the_same_order_and_each_is_explai
     assert all(text[i - 1][0] == "#" for i, line in enumerate(text) if line.partition(":")[0] in written)
 
 
+@pytest.mark.slow
 def test_any_dataset_gives_a_report(tmp_path):
     """Whatever texts JSON can hold, also half surrogate pairs; once small, once repeated beyond the smallest sizes."""
     text = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=30).filter(str.strip)

@@ -291,6 +291,7 @@ def test_the_cost_printed_is_that_of_the_weights_written_computed_in_float32(unt
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_a_llama_factory_file_runs_as_it_is(untied, tmp_path):
     adapter = write_adapter(untied, tmp_path / "adapter")
     (tmp_path / "merge_lora.yaml").write_text(f"""\

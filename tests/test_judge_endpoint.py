@@ -97,7 +97,7 @@ def test_swapped_responses_give_the_mirrored_verdict_and_no_request():
     assert other.verdict is Verdict.SECOND and other.p == pytest.approx(1 - one.p)
 
 
-@pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize("logprobs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_body_that_is_broken_for_good_is_no_verdict_and_a_harmless_one_the_right_verdict(logprobs):
     with serving(each_its_own(list(BODIES))) as server:
         judged = judge_of(server, logprobs=logprobs)([pair(i, 9, 2) for i in range(len(BODIES))])
@@ -313,7 +313,7 @@ def faulty(seed: int, share: float, faults: list[str]):
     return script
 
 
-@pytest.mark.parametrize("logprobs", [None, False])
+@pytest.mark.parametrize("logprobs", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_chaos_every_pair_is_judged_right_or_counted_as_invalid(logprobs):
     faults = [fault for fault in FAULTS if fault not in ("slow", "drips")]
     with serving(faulty(3, 0.5, faults)) as server:

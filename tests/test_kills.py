@@ -372,7 +372,7 @@ def with_losses_not_finite(monkeypatch, steps: set[int], value: float = float("n
     monkeypatch.setattr(Trainer, "update", counted)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_an_update_that_is_not_finite_is_skipped_counted_and_its_rows_are_named(tmp_path, monkeypatch, capsys, value):
     """The run is the one that had never seen these updates' gradients: two of twelve are not made."""
     with_losses_not_finite(monkeypatch, {2, 6}, value)
@@ -438,6 +438,7 @@ def test_the_best_evaluation_is_kept_and_is_the_result(tmp_path, monkeypatch, ca
     assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(tmp_path / "a").items())
 
 
+@pytest.mark.slow
 def test_training_stops_when_its_patience_is_over_and_a_resume_does_not_go_on(tmp_path, monkeypatch, capsys):
     """Two evaluations in a row that are no better than the one after step 4: the last is after step 8."""
     with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.45, 0.3, 0.3])
@@ -476,6 +477,7 @@ def test_what_needs_evaluations_is_refused_without(tmp_path, key):
 # --- going back, and looking ---
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_puts_aside_what_it_leaves(tmp_path):
     """Checkpoints beyond the one resumed from are of another branch: not the newest, and not deleted."""
     train(config(tmp_path / "a", *RUN, "max_steps=6", "save_total_limit=null"))
@@ -485,6 +487,7 @@ def test_a_run_that_goes_back_puts_aside_what_it_leaves(tmp_path):
     assert left == ["checkpoint-4.left-1", "checkpoint-5", "checkpoint-6.left-1"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_checkpoint_is_of_its_policy(tmp_path):
     train(config(tmp_path / "a", *RUN, "save_steps=4"))
     evaluations = {row["step"]: row["eval_loss"] for row in rows(tmp_path / "a") if "eval_loss" in row}
@@ -499,6 +502,7 @@ def test_a_run_that_had_only_its_end_to_come_ends_with_the_same_metrics(tmp_path
     assert train(config(tmp_path / "a", *RUN, "resume_from_checkpoint=true")) == pytest.approx(first)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_could_not_be_written_is_not_gone_back_to(tmp_path, monkeypatch):
     with_evaluations(monkeypatch, [0.6, 0.4, 0.5, 0.55, 0.7, 0.52, 0.6])
     real = trainer.save_checkpoint

@@ -319,6 +319,7 @@ def test_a_reference_counts_where_it_has_weights_of_its_own(tmp_path, name):
     assert parts["reference"] == size * sum(p.numel() for p in policy.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_says_its_memory_and_warns_where_it_is_not_free(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "free_memory", lambda device: 100_000_000)
     command.train(config(tmp_path, "max_steps=1"))

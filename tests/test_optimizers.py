@@ -63,6 +63,7 @@ def test_two_adamw_steps_by_hand():
         assert parameter.item() == pytest.approx(w, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_imports_no_compiler():
     """A second of every start; torch_compile=true is what brings it."""
     code = "import sys, train, dpo.trainer\nfrom dpo.optimizers import AdamW\nprint('torch._dynamo' in sys.modules)"

@@ -197,6 +197,7 @@ def test_an_fp16_run_leaves_out_what_overflows_and_then_learns_as_float32_does(t
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_fp16_run_keeps_its_scale(tiny, tmp_path, monkeypatch):
     """Which has halved by then: one that began at 2^18 again would overflow again."""
     monkeypatch.setattr(optim, "INITIAL_SCALE", 2.0**18)

@@ -263,6 +263,7 @@ def loaded(monkeypatch) -> list[Path]:
     return directories
 
 
+@pytest.mark.slow
 def test_a_sweep_over_beta_loss_rate_and_seed_computes_once(tmp_path, passes):
     """12 rows in batches of 5 are 3 passes. A seed changes the rows' order, and a whole epoch has the same rows."""
     changes = [[], ["pref_beta=0.3", "pref_loss=ipo"], ["learning_rate=1e-4", "seed=7"]]

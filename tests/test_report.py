@@ -239,6 +239,7 @@ def test_a_run_that_a_signal_stopped_says_so_and_names_no_result(tmp_path, monke
     assert ended_early(tmp_path) == "It ended early: stopped by a signal. 2 of 3 updates were made."
 
 
+@pytest.mark.slow
 def test_a_run_that_three_bad_updates_stopped_says_which(tmp_path, monkeypatch):
     from dpo import trainer as trainer_module
 

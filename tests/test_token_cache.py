@@ -248,6 +248,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(tmp_path):
     assert held_out[0] == held_out[1] == held_out[2]
 
 
+@pytest.mark.slow
 def test_a_sweeps_jobs_share_one_cache(tmp_path, capsys):
     for number in range(2):
         sweep_job(config(f"output_dir={tmp_path}", f"pref_beta={number + 1}"), {}, number)

@@ -290,6 +290,7 @@ def test_the_keys_are_evals_and_every_other_is_explained():
     assert evals == {f for f in OmegaConf.load(CONF / "eval.yaml") if f not in ("defaults", "hydra")}
 
 
+@pytest.mark.slow
 def test_the_command_is_plain_in_a_pipe(run):
     command = [sys.executable, "-m", "dpo.tokens", f"run={run[0]}", "show=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -151,7 +151,16 @@ def test_a_mistake_is_refused_before_any_step(tmp_path, monkeypatch, arguments, 
             train(compose("config", expanded))
 
 
-@pytest.mark.parametrize("arguments", [["pref_bta=0.2"], ["pref_beta=-1"], ["dataset=BAD", "model_name_or_path=world"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pref_bta=0.2"],
+        *(
+            pytest.param(a, marks=pytest.mark.slow)
+            for a in (["pref_beta=-1"], ["dataset=BAD", "model_name_or_path=world"])
+        ),
+    ],
+)
 def test_a_mistake_is_one_line_and_a_non_zero_exit(tmp_path, arguments):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[1]\n')
     arguments = [argument.replace("BAD", str(tmp_path / "bad.jsonl")) for argument in arguments]

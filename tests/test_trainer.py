@@ -359,6 +359,7 @@ def test_the_first_loss_is_log_2_and_the_first_rewards_are_0(tmp_path):
         assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_continued_is_its_own_reference(tmp_path):
     """Without ref_model the reference is a snapshot of the adapter (loss log 2); ref_model names the base instead."""
     train(config(tmp_path / "first", "learning_rate=1e-2"))
@@ -386,6 +387,7 @@ def test_a_reference_that_moves_too_late_to_count_is_warned_about(tmp_path, caps
     assert "warning: ref_model_sync_steps=2 in a run of 2: the reference does not move" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_norm_that_is_reported_is_the_one_before_clipping(tmp_path):
     for clip in (0, 1e-6):
         train(config(tmp_path / str(clip), f"max_grad_norm={clip}", "max_steps=1"))
@@ -393,7 +395,12 @@ def test_the_norm_that_is_reported_is_the_one_before_clipping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "precision", ["bf16=true", pytest.param("fp16=true", marks=pytest.mark.slow), "gradient_checkpointing=true"]
+    "precision",
+    [
+        "bf16=true",
+        pytest.param("fp16=true", marks=pytest.mark.slow),
+        pytest.param("gradient_checkpointing=true", marks=pytest.mark.slow),
+    ],
 )
 def test_lower_precision_and_recomputation_follow_the_float32_run(tmp_path, precision):
     """bfloat16 keeps 8 bits: a response's log-probability of about -20 nats is known to about 0.1."""

@@ -222,6 +222,7 @@ def test_a_run_on_labelled_rows_learns_saves_and_holds_out(tmp_path):
     ] == "assistant"
 
 
+@pytest.mark.slow
 def test_the_reference_cache_serves_mismatched_responses_too(tmp_path, capsys):
     for run in ("a", "b"):
         train(config(tmp_path / run, "pref_loss=kto", "eval_strategy=no", f"ref_cache_dir={tmp_path / 'cache'}"))

@@ -223,6 +223,7 @@ RESUMED = [
 LOGS = ("ledger.jsonl", "samples.jsonl")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_ledger_and_samples_of_the_uninterrupted_one_to_the_byte(tmp_path):
     """From step 2 of 6, between two logs; later lines, and one cut short, are taken back."""
     run = tmp_path / "run"

@@ -257,6 +257,7 @@ def test_chat_template_is_chatml():
     assert template.render(messages=messages[:1], add_generation_prompt=True) + "Yes<|im_end|>\n" == whole
 
 
+@pytest.mark.slow
 def test_readme_shows_the_report_the_scale_and_real_rows_with_their_rewards(figures):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     for name, value in figures.items():
