@@ -155,5 +155,9 @@ def picture(figure: Any, alt: str) -> str:
     """A matplotlib figure inside the page."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100, metadata={"Software": None})
-    data = base64.b64encode(png.getvalue()).decode()
+    return png_html(png.getvalue(), alt)
+
+
+def png_html(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dpo.doctor.page import picture
+from dpo.doctor.page import png_html
 from dpo.evals.results import RESULTS, Result, read
 
 
@@ -20,8 +20,9 @@ def run(cfg: DictConfig) -> Result:
     if isinstance(drawn, str):
         print(drawn)
     else:
+        # Once: the layout moves a little each time that it is computed.
         drawn.savefig(path, dpi=100, metadata={"Software": None})
-        result.pictures = [picture(drawn, "the metrics of each evaluation")]
+        result.pictures = [png_html(path.read_bytes(), "the metrics of each evaluation")]
         print(f"plot: {path}")
     return result
 
