@@ -36,6 +36,8 @@ class Example:
     """whether the one response of an unpaired row is desirable."""
     dimensions: dict[str, dict[str, float]] | None = None
     """scores of chosen and rejected by dimension: {"safety": {"chosen": 5, "rejected": 4}}, where the row has them."""
+    origin: str = ""
+    """where the row itself says that it is from: its `source`."""
 
 
 # A prompt with what answers it.
@@ -85,8 +87,9 @@ def _examples(row: Any, source: str, stage: str, data_format: str | None, rankin
     for messages, _ in readings:
         check_turns(messages)
     dimensions, numbers = _dimensions(row), _numbers(row)
+    origin = row["source"] if isinstance(row.get("source"), str) else ""
     return [
-        Example(messages, responses, source, label=label, dimensions=dimensions, **numbers)
+        Example(messages, responses, source, label=label, dimensions=dimensions, origin=origin, **numbers)
         for messages, responses in readings
     ]
 

@@ -34,7 +34,7 @@ from dpo.tokens import Encoded, Rows
 
 # To be raised with every change to dpo/formats.py, dpo/tokens.py, dpo/unpaired.py, models/template.py or
 # models/tokenizer.py that gives a row other tokens, and with every change to what a file holds.
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 ROLES = ("train", "evaluation")
 
 

@@ -115,10 +115,19 @@ def test_preference_adds_to_the_metrics_and_changes_none(adapter, tmp_path):
     (row,) = (sample for sample in result.samples if sample["id"] == alone.samples[0]["id"])
     assert row["margin"] == pytest.approx(alone.samples[0]["margin"], rel=1e-3)
     parts = [row["slice"].split(",")[0].split(" ")[0] for row in result.tables["by slice"]]
-    for start in ("file", "chosen", "prompts"):
+    for start in ("source", "chosen", "prompts"):
         rows = [row["rows"] for row, part in zip(result.tables["by slice"], parts, strict=True) if part == start]
         equal = [row["rows"] for row in result.tables["by slice"] if row["slice"] == "equally long"]
         assert sum(rows) + (sum(equal) if start == "chosen" else 0) == 30
+
+
+def test_pairs_are_told_apart_by_what_their_rows_call_their_source(tmp_path):
+    sources = ["chat", "chat", None, 7]
+    lines = [{"prompt": f"Why {i}?", "chosen": "so", "rejected": "no", "source": s} for i, s in enumerate(sources)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = eval.evaluate(config("preference", tmp_path / "out", f"eval_dataset={tmp_path / 'p.jsonl'}"), {})
+    told = {row["slice"]: row["rows"] for row in result.tables["by slice"] if row["slice"].startswith("source")}
+    assert told == {"source chat": 2, "source p.jsonl": 2}
 
 
 def test_labelled_rows_have_their_slices_too(tmp_path):

@@ -115,11 +115,12 @@ def slices(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
         gain = one[0].lengths[0] - one[0].lengths[1]
         return "chosen is longer" if gain > 0 else "chosen is shorter" if gain < 0 else "equally long"
 
-    return grouped(seen, lambda one: f"file {_file(one[0])}", longer, lambda one: third(len(one[0].prompt_ids)))
+    return grouped(seen, lambda one: f"source {_origin(one[0])}", longer, lambda one: third(len(one[0].prompt_ids)))
 
 
-def _file(row: Encoded) -> str:
-    return Path(row.example.source.rpartition(":")[0]).name
+def _origin(row: Encoded) -> str:
+    """What the row calls its source, else its file."""
+    return row.example.origin or Path(row.example.source.rpartition(":")[0]).name
 
 
 def _slice(name: str, margins: Sequence[float]) -> dict[str, Any]:

@@ -96,13 +96,13 @@ ANSWERS = ("chosen", "output", "completion", "response")
 
 
 def _prompts_of(row: Any, place: str, dataset: str, data_format: str | None) -> list[Prompt]:
-    said = row.get("source") if isinstance(row, dict) else None
     if isinstance(row, dict) and any(row.get(key) for key in PROMPTS) and not any(row.get(key) for key in ANSWERS):
         row = row | {"chosen": "-"}  # formats are of prompts with responses
     examples = examples_of(row, place, "sft", data_format=data_format)
-    where = said if isinstance(said, str) and said else dataset
     return [
-        Prompt(sha256(json.dumps(example.messages).encode()).hexdigest()[:16], example.messages, where)
+        Prompt(
+            sha256(json.dumps(example.messages).encode()).hexdigest()[:16], example.messages, example.origin or dataset
+        )
         for example in examples
     ]
 

@@ -79,8 +79,7 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
     own = row.get("id")
     name = str(own) if type(own) in (str, int) and own != "" else place
     names = [name] if len(examples) == 1 else [f"{name}#{i}" for i in range(1, len(examples) + 1)]
-    source = row.get("source") if isinstance(row.get("source"), str) else None
-    more = {"source": source, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
+    more = {"source": examples[0].origin or None, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
     more = {key: value for key, value in more.items() if value is not None}
     writers = next((tuple(str(row[key]) for key in keys) for keys in WRITERS if set(keys) <= set(row)), ())
     return [
