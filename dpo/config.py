@@ -230,6 +230,7 @@ TERM_KEYS = (
 )  # fmt: skip
 RULES: dict[str, tuple[Any, str]] = {
     "task": _one_of(*TASKS),
+    "runs": ((lambda value: len({*value}) == len(value)), "expected each evaluation once"),
     "resamples": ((lambda value: value >= 2000), "must be at least 2000, or the interval would hang on the draw"),
     "safetybench_set": _one_of("en", "zh", "zh_subset", "dev_en", "dev_zh"),
     "safetybench_shots": ((lambda value: 0 <= value <= 5), "must be between 0 and 5"),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dpo.fused import CHUNK_ELEMENTS
 from dpo.logprobs import next_token_logps, predictors, sum_over_responses
@@ -56,7 +57,7 @@ def kl_and_entropy_of_texts(
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Sums over the tokens of each text, nats."""
     sums: list[list[float]] = [[], []]
-    for i in range(0, len(prompts), batch_size):
+    for i in tqdm(range(0, len(prompts), batch_size), desc="kl", unit="batch", disable=None, delay=5, leave=False):
         part = slice(i, i + batch_size)
         stream = pack(prompts[part], [[ids] for ids in texts[part]]).to(policy.device)
         for column, value_R in zip(sums, kl_and_entropy(policy, reference, stream), strict=True):

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dpo.coupled import joined
 from dpo.metrics import Means
@@ -68,7 +69,8 @@ def evaluate(
     ordered = sorted(rows, key=lambda row: row.tokens)
     with torch.no_grad():
         batches = cut(ordered, batch_size)
-        parts = [objective.measure(policy, to_stream(part, policy.device), part, ordered) for part in batches]
+        bar = tqdm(batches, desc="evaluation", unit="batch", disable=None, delay=5, leave=False)
+        parts = [objective.measure(policy, to_stream(part, policy.device), part, ordered) for part in bar]
         # A loss that couples rows is computed on all of them at once.
         if objective.couples:
             batches, parts = [ordered], [joined(parts)]

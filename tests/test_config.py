@@ -305,6 +305,7 @@ EDGES: dict[str, tuple[list, list]] = {
     "weight_decay": ([-0.1], [0.0]),
     "max_grad_norm": ([-1.0, float("nan")], [0.0]),
     "seed": ([-1], [0]),
+    "runs": ([["a", "b", "a"]], [["a", "b"], []]),
     "device": (["gpu", "mps", "", "cudax", "cuda:", "cuda:x", "cpu:0"], ["auto", "cpu", "cuda", "cuda:1"]),
     "attn_implementation": (["eager", "flash_attention_2", ""], ["sdpa", "flex_attention"]),
     "logging_steps": ([0], [1]),
