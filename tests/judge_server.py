@@ -130,6 +130,7 @@ FAULTS = [*TEMPORARY, *BODIES]
 THINKERS: dict[str, Callable[[dict], str | None]] = {
     "thinks_aloud": lambda request: "cut_thoughts" if request["max_tokens"] < 100 else "thoughts",
     "thinks_aside": lambda request: "cut_null" if request["max_tokens"] < 100 else None,
+    "rambles": lambda request: "too_long" if request.get("max_tokens", 4096) < 100 else "pleas",
     "no_temperature": lambda request: "400" if "temperature" in request else None,
 }
 

@@ -407,6 +407,16 @@ def test_a_model_that_thinks_has_room_for_it(model, way):
     assert count_outcomes([one])["ok"] == 2
 
 
+@pytest.mark.parametrize("model", ["cut_thoughts", "rambles"])
+def test_a_model_that_only_rambles_gets_no_room_for_it(model):
+    """Four ways are tried; then both orders are asked about in the shortest, and each once more."""
+    with serving(lambda question, n: model) as server:
+        judge = judge_of(server)
+        (one,) = judge([pair(1, 9, 2)])
+        assert judge.settings["max_tokens"] == 16 and server.requests == 4 + 4
+    assert one.verdict is Verdict.INVALID and count_outcomes([one])["malformed"] == 2
+
+
 @pytest.mark.parametrize(("fault", "says"), [("400", "status 400"), ("cut_null", "cut off before its letter")])
 def test_an_endpoint_that_fails_every_way_of_asking_is_named(fault, says):
     with (

@@ -320,6 +320,7 @@ class EndpointJudge:
         if self.logprobs is None:
             ways = [WITH_LOGPROBS, *ways]
         problems = []
+        rambling = None  # the first way in which there was text, but no letter in time
         for settings in ways:
             try:
                 answer = self._readable_answer(settings)
@@ -328,16 +329,19 @@ class EndpointJudge:
                 continue
             except GaveUp as error:
                 raise Stopped(f"{self.host} did not answer ({error})") from None
-            if answer.is_cut and not read_letter(answer.text or ""):
-                problems.append("the answer is cut off before its letter")
-                continue
-            if settings is WITH_LOGPROBS and not answer.positions:
+            if settings is WITH_LOGPROBS and answer.text is not None and not answer.positions:
                 if self.logprobs:
                     raise ValueError(
                         f"judge_logprobs=true: {self.host} gives none for {self.model}; pass auto or false"
                     )
                 settings = AS_TEXT
-            return {"outcome": "ok", "settings": settings}
+            if read_letter(answer.text or "") or not (answer.is_cut or rambling):
+                return {"outcome": "ok", "settings": settings}
+            problems.append("the answer is cut off before its letter")
+            rambling = rambling or (settings if answer.text else None)
+        # Room to think did not help: it is asked for little, and what it says is no verdict.
+        if rambling:
+            return {"outcome": "ok", "settings": rambling}
         raise ValueError(f"judge_model={self.model}: {self.host} fails every way of asking ({problems[-1]})")
 
     def _readable_answer(self, settings: Mapping[str, Any]) -> "Answer":
