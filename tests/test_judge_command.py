@@ -141,6 +141,19 @@ def test_rows_say_who_wrote_their_responses(keys, own):
     assert _own(("gpt-x", "other"), None) is None
 
 
+@pytest.mark.parametrize(
+    ("row", "writers"),
+    [({"chosen": "a", "rejected": "b", "chosen_model": "x", "rejected_model": "y"}, ("x", "y")),
+     ({"chosen": "a", "rejected": "b", "model_a": "x", "model_b": "y"}, ()),
+     ({"responses": ["a", "b"], "scores": [1, 2], "model_a": "x", "model_b": "y"}, ()),
+     ({"responses": ["a", "b"], "model_a": "x", "model_b": "y"}, ("x", "y"))],
+)  # fmt: skip
+def test_writers_are_known_where_the_rows_order_is(row, writers):
+    """Scores put b first, whoever is called a."""
+    (found,) = rows_of({"prompt": "Why?"} | row, "p:1", data_format=None, ranking_to_pairs="best_worst")
+    assert found.writers == writers
+
+
 def test_a_dry_run_says_the_price_and_asks_nothing(tmp_path, capsys):
     """Two questions of about 1,000 characters: 250 tokens each at 4 per million, and a token of answer at 1 each."""
     data = write(tmp_path / "p.jsonl", {"prompt": "Why?", "responses": ["a", "b"]})

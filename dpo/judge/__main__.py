@@ -137,8 +137,8 @@ def _estimate(cfg: DictConfig, rows: Sequence[Row]) -> str:
 def _card(
     cfg: DictConfig, judge: Judge, rows: Sequence[Row], judged: Sequence[Judged], labels: dict[str, Verdict] | None
 ) -> None:  # fmt: skip
-    own = [Verdict.FIRST if row.labelled else None for row in rows]
-    right = own if labels is None else [labels.get(row.pair.id) for row in rows]
+    of_rows = [Verdict.FIRST if row.labelled else None for row in rows]
+    right = of_rows if labels is None else [labels.get(row.pair.id) for row in rows]
     own = [_own(row.writers, cfg.judge_model) for row in rows]
     made = card([row.pair for row in rows], judged, right, cfg.judge_seed, own)
     found = remarks(made.numbers, cfg.max_invalid)

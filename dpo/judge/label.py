@@ -27,8 +27,8 @@ from dpo.judge.verdict import Judged, Pair, Verdict
 from dpo.rankings import LISTS, SCORE_LISTS, SCORES, is_ranked
 
 TWO = ("response_a", "response_b")
-# Who wrote the first response and who the second, where a row says so.
-WRITERS = (("model_a", "model_b"), ("chosen_model", "rejected_model"))
+# Who wrote the first response and who the second, by whether the row is labelled: scores may turn the order of a list.
+WRITERS = {False: ("model_a", "model_b"), True: ("chosen_model", "rejected_model")}
 OTHERS = {Verdict.TIE: "ties", Verdict.INVALID: "invalid"}
 
 
@@ -81,7 +81,8 @@ def rows_of(row: Any, place: str, *, data_format: str | None, ranking_to_pairs: 
     names = [name] if len(examples) == 1 else [f"{name}#{i}" for i in range(1, len(examples) + 1)]
     more = {"source": examples[0].origin or None, "weight": row.get("weight"), "dimensions": examples[0].dimensions}
     more = {key: value for key, value in more.items() if value is not None}
-    writers = next((tuple(str(row[key]) for key in keys) for keys in WRITERS if set(keys) <= set(row)), ())
+    keys = WRITERS[labelled]
+    writers = tuple(str(row[key]) for key in keys) if set(keys) <= set(row) and len(examples) == 1 else ()
     return [
         Row(Pair(id, example.messages, *example.responses), labelled, more, writers)
         for id, example in zip(names, examples, strict=True)
